@@ -1,0 +1,58 @@
+# Every target installs what it needs into .venv first. Python 3.11 to 3.13, make and git must be there.
+PYTHON ?= python3
+OUT ?= out
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help rehearse test unit contract lint format setup registry lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" for your own, KEEP=1 leaves it up)
+	$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
+
+test: setup registry lint  ## everything that must hold: lint, types, unit and contract tests
+	$(BIN)/python -m pytest tests
+
+unit: setup  ## the fast tests alone, for daily work
+	$(BIN)/python -m pytest tests/unit -q
+
+contract: setup registry  ## the tests with real parts alone: vLLM, router, registry
+	$(BIN)/python -m pytest tests/contract
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff put the code in order
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+setup: $(READY)  ## install the locked versions into .venv (about 6 GB)
+
+$(READY): requirements/machine.lock requirements/uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "Linux on x86_64 is needed (vLLM's CPU build); this is $$(uname -sm)"; exit 1; }
+	@echo "installing into $(VENV): about 3 GB to fetch, 6 GB on disk, half a minute to some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	$(BIN)/uv pip sync -q --require-hashes --python $(BIN)/python requirements/machine.lock requirements/uv.lock
+	@touch $@
+
+# A real OCI registry for the contract tests: Debian's package, where this machine lets us install it.
+registry:
+	@command -v docker-registry >/dev/null || command -v registry >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    { apt-get install -y -q docker-registry || { apt-get update -q && apt-get install -y -q docker-registry; }; } >/dev/null 2>&1; fi; \
+	  command -v docker-registry >/dev/null || echo "no docker-registry here and no right to install it: its tests are skipped"; }
+
+lock: setup  ## resolve pyproject.toml anew into requirements/*.lock
+	for group in machine uv; do $(BIN)/uv pip compile -q pyproject.toml --group $$group --universal --generate-hashes --no-emit-index-url \
+	  --custom-compile-command "make lock" -o requirements/$$group.lock $(UPGRADE) || exit 1; done
+
+clean:  ## remove what was installed and written
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Small pieces that every room uses: files, settings, chat messages. Imports nothing heavy."""
