@@ -1,0 +1,295 @@
+"""The registry store: an OCI distribution API spoken with `requests`.
+
+`requests` and not the `oras` package, because that one (0.2.43) verifies no digest, has no timeouts, retries
+refusals for minutes, reads whole blobs into memory and cannot tag by digest. Sign-in: anonymous, or the name
+and password (or token) that `docker login` keeps in `config.json`; credential helpers are not run. Entra
+identity is not built in.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.utils import parse_dict_header
+
+from artifacts.store import (
+    MANIFEST_LIMIT_BYTES,
+    MANIFEST_TYPE,
+    CorruptBlob,
+    Store,
+    StoreError,
+    _sha256,
+)
+
+ATTEMPTS = 4
+BACKOFF_SECONDS = 0.5  # doubled after each attempt: a dead registry is told after 3.5 s
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+
+Result = TypeVar("Result")
+
+
+class _Passing(Exception):
+    """A trouble that another attempt may not meet: no connection, a cut stream, 429 or 5xx."""
+
+
+class RegistryStore(Store):
+    """Repositories below `oci://host[:port]/prefix`."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise ValueError(f"store {url!r}: expected oci://HOST[:PORT]/PREFIX")
+        self.url = url.rstrip("/")
+        self.host = parts.netloc
+        self._prefix = parts.path.strip("/")
+        local = _is_loopback(parts.hostname)
+        self._base = f"{'http' if local else 'https'}://{parts.netloc}"
+        self._session = requests.Session()
+        self._session.trust_env = not local  # a proxy cannot reach this machine's own loopback
+        self._session.auth = lambda request: request  # or requests would take a password from ~/.netrc
+        self._authorization: dict[str, str] = {}  # by repository, for bearer tokens are scoped to one
+
+    def tags(self, repository: str) -> dict[str, str]:
+        names = self._list(f"{self._api(repository)}/tags/list", "tags", repository)
+        found = {name: self._find(repository, name) for name in names}
+        return {name: digest for name, digest in found.items() if digest is not None}
+
+    def repositories(self) -> list[str]:
+        names = self._list(f"{self._base}/v2/_catalog", "repositories", "")
+        inside = f"{self._prefix}/" if self._prefix else ""
+        return sorted(name.removeprefix(inside) for name in names if name.startswith(inside))
+
+    def _find(self, repository: str, reference: str) -> str | None:
+        address = f"{self._api(repository)}/manifests/{reference}"
+        response = self._request("HEAD", address, repository, allow=(404,), headers={"Accept": MANIFEST_TYPE})
+        if response.status_code == 404:
+            return None
+        digest = response.headers.get("Docker-Content-Digest")
+        return digest or _sha256(self._get_manifest(repository, reference))
+
+    def _put_blob(self, repository: str, descriptor: Mapping[str, Any], file: BinaryIO) -> None:
+        digest = descriptor["digest"]
+
+        def upload() -> None:
+            there = self._send("HEAD", f"{self._api(repository)}/blobs/{digest}", repository, allow=(404,))
+            if there.status_code != 404:
+                return
+            # Each attempt opens a new upload: half an upload cannot be taken up again in every registry.
+            opened = self._send("POST", f"{self._api(repository)}/blobs/uploads/", repository)
+            if "Location" not in opened.headers:
+                raise StoreError(f"{self.url}: {repository}: the registry named no address for an upload")
+            address = urljoin(self._base, opened.headers["Location"])
+            address += ("&" if urlsplit(address).query else "?") + f"digest={digest}"
+            self._send("PUT", address, repository, body=file, headers={"Content-Type": "application/octet-stream"})
+
+        _retrying(upload, self.url)
+
+    def _get_blob(self, repository: str, digest: str, size: int, file: BinaryIO) -> None:
+        def download() -> None:
+            file.seek(0)
+            file.truncate()
+            address = f"{self._api(repository)}/blobs/{digest}"
+            with self._send("GET", address, repository, stream=True, allow=(404,)) as response:
+                if response.status_code == 404:
+                    raise CorruptBlob(f"{self.url}: {repository}: blob {digest} is absent")
+                try:
+                    for piece in response.iter_content(2**20):
+                        file.write(piece[: size + 1 - file.tell()])
+                        if file.tell() > size:
+                            break
+                except requests.RequestException as error:
+                    raise _Passing(f"blob {digest} of {size} bytes: the stream was cut: {error}") from error
+
+        _retrying(download, self.url)
+
+    def _put_manifest(self, repository: str, digest: str, data: bytes) -> None:
+        self._put_manifest_as(repository, digest, digest, data)
+
+    def _set_tag(self, repository: str, digest: str, tag: str) -> None:
+        data = self._get_manifest(repository, digest)
+        if _sha256(data) != digest:
+            raise CorruptBlob(f"{self.url}: {repository}: manifest: expected {digest}, found {_sha256(data)}")
+        self._put_manifest_as(repository, tag, digest, data)
+
+    def _put_manifest_as(self, repository: str, reference: str, digest: str, data: bytes) -> None:
+        address = f"{self._api(repository)}/manifests/{reference}"
+        response = self._request("PUT", address, repository, body=data, headers={"Content-Type": MANIFEST_TYPE})
+        found = response.headers.get("Docker-Content-Digest", digest)
+        if found != digest:
+            raise CorruptBlob(f"{self.url}: {repository}: stored manifest: expected {digest}, found {found}")
+
+    def _get_manifest(self, repository: str, digest: str) -> bytes:
+        address = f"{self._api(repository)}/manifests/{digest}"
+        response = self._request("GET", address, repository, headers={"Accept": MANIFEST_TYPE})
+        if len(response.content) > MANIFEST_LIMIT_BYTES:
+            raise StoreError(
+                f"{address}: a manifest of {len(response.content)} bytes; the limit is {MANIFEST_LIMIT_BYTES}"
+            )
+        return response.content
+
+    def _api(self, repository: str) -> str:
+        return f"{self._base}/v2/{self._prefix}/{repository}" if self._prefix else f"{self._base}/v2/{repository}"
+
+    def _list(self, address: str, key: str, repository: str) -> list[str]:
+        """All pages of a listing; empty when the registry does not know the repository."""
+        names: list[str] = []
+        following: str | None = f"{address}?n=1000"
+        while following:
+            response = self._request("GET", following, repository, allow=(404,))
+            if response.status_code == 404:
+                if key == "repositories":
+                    raise StoreError(f"{self.url}: this registry does not list its repositories; name the adapter")
+                return []
+            names += _answer(response).get(key) or []
+            link = response.links.get("next", {}).get("url")
+            following = urljoin(self._base, link) if link else None
+        return names
+
+    def _request(self, method: str, address: str, repository: str, **options: Any) -> requests.Response:
+        return _retrying(lambda: self._send(method, address, repository, **options), self.url)
+
+    def _send(
+        self,
+        method: str,
+        address: str,
+        repository: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | BinaryIO | None = None,
+        stream: bool = False,
+        allow: tuple[int, ...] = (),
+    ) -> requests.Response:
+        """One request, signed in if the registry asks for it. Raises `_Passing`, or `StoreError` for good."""
+        for signed_in in (False, True):
+            if body is not None and not isinstance(body, bytes):
+                body.seek(0)
+            # An upload's address may lie on another host: the sign-in is for the registry alone.
+            ours = urlsplit(address).netloc == self.host and repository in self._authorization
+            signed = {"Authorization": self._authorization[repository]} if ours else {}
+            try:
+                response = self._session.request(
+                    method,
+                    address,
+                    headers={**(headers or {}), **signed},
+                    data=body,
+                    stream=stream,
+                    timeout=(CONNECT_SECONDS, READ_SECONDS),
+                    allow_redirects=method in ("GET", "HEAD"),
+                )
+            except requests.exceptions.SSLError as error:
+                raise StoreError(f"{self.url}: no trusted TLS connection: {error}") from error
+            except (
+                requests.ConnectionError,
+                requests.Timeout,
+                requests.exceptions.ChunkedEncodingError,
+            ) as error:
+                raise _Passing(f"{method} {address}: {error}") from error
+            # Only the registry itself may ask: not a storage host that it sent us to.
+            if response.status_code == 401 and not signed_in and urlsplit(response.url).netloc == self.host:
+                self._authorization[repository] = self._sign_in(response)
+                response.close()
+                continue
+            break
+        if response.status_code < 300 or response.status_code in allow:
+            return response
+        text = f"{method} {address}: {response.status_code} {response.reason}: {_told(response)}"
+        response.close()
+        if response.status_code == 429 or response.status_code >= 500:
+            raise _Passing(text)
+        raise StoreError(f"{self.url}: {text}")
+
+    def _sign_in(self, refused: requests.Response) -> str:
+        """The `Authorization` header that answers a 401: Basic, or a token got with Basic or anonymously."""
+        challenge = refused.headers.get("WWW-Authenticate", "")
+        kind, _, rest = challenge.partition(" ")
+        basic, source = _docker_login(self.host)
+        if kind.lower() == "basic" and basic:
+            return f"Basic {basic}"
+        if kind.lower() == "bearer":
+            wanted = parse_dict_header(rest)  # type: ignore[no-untyped-call]
+            realm = urlsplit(wanted.get("realm") or "")
+            if realm.scheme != "https" and not _is_loopback(realm.hostname or ""):
+                raise StoreError(f"{self.url}: will not send a sign-in to {realm.geturl()!r}: it is not HTTPS")
+            asked = {key: wanted[key] for key in ("service", "scope") if wanted.get(key)}
+            headers = {"Authorization": f"Basic {basic}"} if basic else {}
+            try:
+                answer = self._session.get(
+                    realm.geturl(), params=asked, headers=headers, timeout=(CONNECT_SECONDS, READ_SECONDS)
+                )
+            except requests.RequestException as error:
+                raise _Passing(f"sign-in at {realm.netloc}: {error}") from error
+            if answer.ok:
+                given = _answer(answer)
+                if token := given.get("token") or given.get("access_token"):
+                    return f"Bearer {token}"
+        used = f"the sign-in in {source} was refused" if basic else f"{source} has no sign-in for {self.host}"
+        raise StoreError(f"{self.url}: the registry asks for a sign-in ({kind or 'unnamed'}); {used}: run docker login")
+
+
+def _retrying(action: Callable[[], Result], where: str) -> Result:
+    """`action`'s result, tried `ATTEMPTS` times with growing pauses while it raises `_Passing`."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except _Passing as error:
+            if attempt == ATTEMPTS:
+                raise StoreError(f"{where}: gave up after {ATTEMPTS} attempts: {error}") from error
+            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _answer(response: requests.Response) -> dict[str, Any]:
+    """The JSON object that a registry answers with; a page of some proxy is an error."""
+    try:
+        value = response.json()
+    except requests.RequestException:
+        value = None
+    if not isinstance(value, dict):
+        raise StoreError(f"{response.url}: expected a registry's JSON, found {response.text[:80]!r}")
+    return value
+
+
+def _told(response: requests.Response) -> str:
+    """What the registry itself says about its refusal (distribution-spec: `errors[].code/message`)."""
+    try:
+        return "; ".join(f"{item.get('code')} {item.get('message', '')}".strip() for item in response.json()["errors"])
+    except (ValueError, KeyError, TypeError, AttributeError, requests.RequestException):
+        return response.text[:200] or "no reason given"
+
+
+def _docker_login(host: str) -> tuple[str | None, Path]:
+    """The base64 `name:password` that Docker keeps for `host`, if any, and the file looked into."""
+    path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")).get("auths") or {}
+    except FileNotFoundError:
+        return None, path
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read as Docker's JSON settings: {error}") from None
+    entry = entries.get(host) or entries.get(f"https://{host}") or {}
+    if entry.get("auth"):
+        try:
+            base64.b64decode(entry["auth"], validate=True)
+        except (binascii.Error, ValueError):
+            raise StoreError(f"{path}: auths.{host}.auth is not base64") from None
+        return str(entry["auth"]), path
+    if entry.get("username") and entry.get("password"):
+        return base64.b64encode(f"{entry['username']}:{entry['password']}".encode()).decode(), path
+    return None, path
+
+
+def _is_loopback(hostname: str) -> bool:
+    try:
+        return ipaddress.ip_address(hostname).is_loopback
+    except ValueError:
+        return hostname == "localhost"
