@@ -1,0 +1,1 @@
+"""Container 1: dataset -> LoRA adapter -> artifact."""

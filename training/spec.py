@@ -1,0 +1,65 @@
+"""What is tuned and when it is good enough: the one typed description of a tuning run. No heavy imports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from common.settings import Settings
+
+AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+"""A name clients put into `model`: lower-case letters, digits and hyphens, at most 40 characters."""
+
+LLAMA_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class GateSpec(Settings):
+    """When an adapter may be served: the 95 % interval of its gain over the base lies above `min_gain`."""
+
+    metric: Literal["exact_match", "token_f1"] = Field("exact_match", description="The score that decides.")
+    min_gain: float = Field(0.0, ge=-1, le=1, description="The gain in score that the whole interval must exceed.")
+    min_examples: int = Field(30, ge=1, description="Held-out examples below which no verdict can be a pass.")
+    max_examples: int | None = Field(None, ge=1, description="Evaluate only the first N held-out examples.")
+
+
+class TuningSpec(Settings):
+    """One LoRA tuning run, by the familiar names of transformers and peft."""
+
+    adapter: AdapterName = Field(description="The alias that clients will put into `model`.")
+    base_model: str = Field(min_length=1, description="Folder of the base model (config, weights, tokenizer).")
+    dataset: str = Field(min_length=1, description="JSON Lines file of instruction/input/output or messages rows.")
+
+    learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
+    num_train_epochs: int = Field(3, ge=1, le=1000, description="Passes over the tuning split.")
+    per_device_train_batch_size: int = Field(4, ge=1, description="Rows in one forward pass.")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="Forward passes in one optimiser step.")
+    lora_r: int = Field(16, ge=1, le=512, description="Rank of the adapter; 512 is the most that vLLM serves.")
+    lora_alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while tuning.")
+    lora_target_modules: tuple[str, ...] = Field(
+        LLAMA_LINEAR_LAYERS, min_length=1, description="Layers that get an adapter, by the end of their name."
+    )
+    max_seq_length: int = Field(1024, ge=8, description="Tokens of prompt and answer together; longer rows drop.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    seed: int = Field(42, ge=0, description="Order of the rows, initial adapter, dropout.")
+    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the rows kept away from tuning.")
+    logging_steps: int = Field(5, ge=1, description="Optimiser steps between two recorded measurements.")
+    save_steps: int = Field(50, ge=1, description="Optimiser steps between two checkpoints.")
+    gate: GateSpec = Field(default_factory=GateSpec, description="What the adapter must prove before it is served.")
+
+    def fingerprint(self, *, dataset_digest: str, base_revision: str) -> str:
+        """Hex SHA-256 of everything that decides the weights: settings, data and base, not how often it logs.
+
+        The gate is left out: another threshold asks for another verdict, not for another training.
+        """
+        settings = self.model_dump(
+            mode="json", exclude={"gate", "logging_steps", "save_steps", "dataset", "base_model"}
+        )
+        settings |= {"dataset_digest": dataset_digest, "base_revision": base_revision}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
