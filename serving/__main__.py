@@ -1,0 +1,177 @@
+"""Command line of the serving container: engine, sidecar, router, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common import exits
+from common.settings import SettingsError, load_settings
+from serving.spec import ServingSpec
+
+EPILOG = """
+one replica is two processes that share a folder (--state):
+  python -m serving engine  --spec serving.yaml --state STATE --port 8000      vLLM, becomes the process itself
+  python -m serving sidecar --spec serving.yaml --state STATE --engine http://127.0.0.1:8000
+in front of the replicas:
+  python -m serving router  --port 8080 --replica http://10.0.0.4:8000 --replica http://10.0.0.5:8000
+before anything is served:
+  python -m serving evaluate --spec serving.yaml --run runs/my-adapter
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m serving", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    engine = commands.add_parser("engine", help="become vLLM with the request layer")
+    engine.add_argument("--spec", type=Path, required=True)
+    engine.add_argument("--state", type=Path, required=True, help="folder shared with the sidecar")
+    engine.add_argument("--host", default="127.0.0.1")
+    engine.add_argument("--port", type=int, default=8000)
+
+    sidecar = commands.add_parser("sidecar", help="follow the promoted tags for one engine")
+    sidecar.add_argument("--spec", type=Path, required=True)
+    sidecar.add_argument("--state", type=Path, required=True, help="folder shared with the engine")
+    sidecar.add_argument("--engine", default="http://127.0.0.1:8000")
+    sidecar.add_argument("--cache", type=Path, help="where fetched adapters are kept [STATE/cache]")
+    sidecar.add_argument(
+        "--metrics-address", default="127.0.0.1:9402", help="Prometheus endpoint, or off [%(default)s]"
+    )
+
+    router = commands.add_parser("router", help="become vllm-router before the replicas")
+    router.add_argument("--host", default="127.0.0.1")
+    router.add_argument("--port", type=int, default=8080)
+    router.add_argument("--metrics-port", type=int, default=29000)
+    router.add_argument("--replica", action="append", required=True, metavar="URL")
+
+    evaluate = commands.add_parser("evaluate", help="compare tuned adapters with their base; exit 3: gate not passed")
+    evaluate.add_argument("--spec", type=Path, required=True)
+    evaluate.add_argument("--run", type=Path, action="append", required=True, help="folder of a finished tuning run")
+    evaluate.add_argument("--server", help="a running server that has the runs as candidate-NAME [starts its own]")
+    evaluate.add_argument("--port", type=int, default=8000, help="of the server that it starts [%(default)s]")
+    evaluate.add_argument("--log", type=Path, help="where that server's output goes [a file in the first run]")
+
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    for chatty in ("httpx",):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        return {"engine": _engine, "sidecar": _sidecar, "router": _router, "evaluate": _evaluate}[arguments.command](
+            arguments
+        )
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return exits.INPUT
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    from serving.engine import vllm_command, vllm_environment
+    from serving.state import prepare
+
+    spec = load_settings(arguments.spec, ServingSpec)
+    prepare(arguments.state)
+    command = vllm_command(spec, host=arguments.host, port=arguments.port)
+    # exec: the container's PID 1 must be vLLM itself, or SIGTERM would not reach it and no request would drain.
+    os.execve(command[0], command, os.environ | vllm_environment(spec, state=arguments.state))
+
+
+def _sidecar(arguments: argparse.Namespace) -> int:
+    from prometheus_client import start_http_server
+
+    from artifacts.store import open_store
+    from serving.client import Engine
+    from serving.sidecar import Sidecar
+    from serving.state import prepare, read_token
+
+    spec = load_settings(arguments.spec, ServingSpec)
+    prepare(arguments.state)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with Engine(arguments.engine, read_token(arguments.state)) as engine:
+        cache = arguments.cache or arguments.state / "cache"
+        sidecar = Sidecar(spec, open_store(spec.store), engine, arguments.state, cache)
+        if arguments.metrics_address != "off":
+            host, _, port = arguments.metrics_address.rpartition(":")
+            start_http_server(int(port), host, registry=sidecar.metrics.registry)
+        while not stop.is_set():
+            settled = sidecar.look()
+            stop.wait(spec.poll_seconds if settled else min(0.5, spec.poll_seconds))
+    return exits.OK
+
+
+def _router(arguments: argparse.Namespace) -> int:
+    from serving.router import router_command
+
+    command = router_command(arguments.replica, arguments.host, arguments.port, arguments.metrics_port)
+    os.execv(command[0], command)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from serving.client import Engine
+    from serving.evaluate import Run, evaluate, open_run
+
+    spec = load_settings(arguments.spec, ServingSpec)
+    runs = [open_run(folder) for folder in arguments.run]
+
+    def judge(url: str, runs: list[Run]) -> int:
+        with Engine(url) as engine:
+            results = [evaluate(run, engine, spec.base_name) for run in runs]
+        for run, result in zip(runs, results, strict=True):
+            print(f"{run.spec.adapter}: {result['verdict']}")
+        return exits.OK if all(result["passed"] for result in results) else exits.GATE
+
+    if arguments.server:
+        return judge(arguments.server, runs)
+    with _server(spec, runs, arguments.port, arguments.log or runs[0].folder / "vllm.log") as url:
+        return judge(url, runs)
+
+
+@contextmanager
+def _server(spec: ServingSpec, runs: list, port: int, log: Path) -> Iterator[str]:  # type: ignore[type-arg]
+    """A vLLM of its own with the runs' adapters, for as long as the block lasts; yields its URL."""
+    from serving.engine import vllm_command, vllm_environment, wait_until_ok
+
+    url = f"http://127.0.0.1:{port}"
+    command = vllm_command(
+        spec.model_copy(update={"max_lora_rank": max(run.spec.lora_r for run in runs)}),
+        host="127.0.0.1",
+        port=port,
+        adapters={run.name: run.folder / "adapter" for run in runs},
+        middleware=False,  # nobody but this process asks
+    )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | vllm_environment(spec), stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            logging.info("starting vLLM for the evaluation (log: %s)", log)
+            seconds = wait_until_ok(f"{url}/health", timeout_seconds=1800, alive=lambda: process.poll() is None)
+            logging.info("vLLM is ready after %.0f s", seconds)
+            yield url
+        except RuntimeError as error:
+            tail = log.read_text(errors="replace").splitlines()[-15:]
+            raise SettingsError([f"vLLM did not start: {error}; the end of {log}:", *tail]) from error
+        finally:
+            # The whole group: vLLM's engine processes must not outlive their server.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

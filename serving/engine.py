@@ -1,0 +1,92 @@
+"""vLLM's command line and environment for a serving spec, and a way to wait until it answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from serving.spec import ServingSpec, vllm_lora_rank
+
+MIDDLEWARE = "serving.middleware.RequestLayer"
+
+
+def vllm_command(
+    spec: ServingSpec, *, host: str, port: int, adapters: Mapping[str, Path] | None = None, middleware: bool = True
+) -> list[str]:
+    """The command that serves `spec`; `adapters` (name to PEFT folder) are loaded at start.
+
+    Each flag that differs from vLLM's default has its reason beside it.
+    """
+    slots = max(1, len(spec.adapters), len(adapters or {}))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", host, "--port", str(port)]
+    command += ["--model", spec.base_model, "--served-model-name", spec.base_name]
+    command += ["--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
+    command += ["--max-num-seqs", str(spec.max_num_seqs)]
+    command += ["--enable-lora", "--max-lora-rank", str(vllm_lora_rank(spec.max_lora_rank))]
+    # While versions change, old and new of one adapter answer side by side: one slot more than adapters.
+    command += ["--max-loras", str(slots + 1), "--max-cpu-loras", str(2 * slots + 1)]
+    # vLLM's default of 0 cuts every running stream at SIGTERM.
+    command += ["--shutdown-timeout", str(spec.shutdown_timeout_seconds)]
+    # Liveness and metrics are asked every few seconds; as log lines they would bury the requests.
+    command += ["--disable-access-log-for-endpoints", "/health,/ready,/metrics"]
+    if spec.device == "cpu":
+        # No compiler is needed on the machine and the start is a minute shorter; tiny models gain nothing by it.
+        command += ["--enforce-eager"]
+        command += ["--kv-cache-memory-bytes", str(spec.cpu_kv_cache_mib * 2**20)]
+    else:
+        command += ["--gpu-memory-utilization", str(spec.gpu_memory_utilization)]
+    if middleware:
+        command += ["--middleware", MIDDLEWARE]
+    if adapters:
+        command += ["--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in adapters.items())]
+    return command
+
+
+def vllm_environment(spec: ServingSpec, *, state: Path | None = None) -> dict[str, str]:
+    """Environment variables that `vllm_command` needs on top of the process's own."""
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",  # nothing leaves the cluster
+        "VLLM_MAX_N_SEQUENCES": "64",  # the default lets one request ask for 16384 answers
+        "VLLM_PLUGINS": "",  # no adapter resolver: adapters come from the sidecar alone
+        "HF_HUB_OFFLINE": "1",  # a mistyped path must fail, not be looked up on a hub
+    }
+    if state is not None:
+        variables |= {
+            "DRYDOCK_STATE": str(state.resolve()),
+            "DRYDOCK_BASE_NAME": spec.base_name,
+            "DRYDOCK_MAX_REQUEST_BYTES": str(spec.max_request_kib * 1024),
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # the request layer lets only the sidecar through
+        }
+    if spec.device == "cpu":
+        variables |= {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every replica on a machine to the same core
+            "OMP_NUM_THREADS": "1",  # more threads than cores spin against each other
+        }
+    return variables
+
+
+def wait_until_ok(url: str, *, timeout_seconds: float, alive: Callable[[], bool] = lambda: True) -> float:
+    """Seconds until `url` answered 200. Raises RuntimeError when `alive()` turns false, TimeoutError at the end."""
+    started = time.monotonic()
+    while not is_ok(url):
+        if not alive():
+            raise RuntimeError(f"the process ended before {url} answered")
+        if time.monotonic() - started > timeout_seconds:
+            raise TimeoutError(f"{url} did not answer 200 within {timeout_seconds:.0f} s")
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+def is_ok(url: str) -> bool:
+    """Whether `url` answers 200 within two seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,158 @@
+"""The request layer inside the vLLM process (`--middleware`): open routes, aliases, readiness. No hop of its own.
+
+vLLM serves far more routes than clients need, some of which load adapters or run arbitrary RPCs, and its API key
+guards only a part of them. Here a route is closed unless this file opens it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from serving.state import TOKEN_HEADER, Aliases, AliasReader, loaded_name, new_boot, prepare, read_token
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+GENERATE = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
+OPEN = GENERATE | {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics")}
+SIDECAR_ONLY = {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")}
+
+
+class RequestLayer:
+    """ASGI middleware; vLLM makes one per server process and gives it nothing but the next application."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        folder = Path(os.environ["DRYDOCK_STATE"])
+        self.base_name = os.environ["DRYDOCK_BASE_NAME"]
+        self.max_request_bytes = int(os.environ["DRYDOCK_MAX_REQUEST_BYTES"])
+        prepare(folder)
+        self.token = read_token(folder).encode()
+        self.aliases = AliasReader(folder, new_boot(folder))
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return  # a websocket is closed by not being answered: no client of the OpenAI API needs one here
+        route = (scope["method"], scope["path"])
+        given = dict(scope["headers"]).get(TOKEN_HEADER.encode(), b"")
+        if given and hmac.compare_digest(given, self.token) and route in OPEN | SIDECAR_ONLY:
+            await self.app(scope, receive, send)
+        elif route not in OPEN:
+            await _error(send, 404, f"{route[0]} {route[1]} is not served here", "not_found")
+        elif route == ("GET", "/ready"):
+            await self._ready(send)
+        elif route == ("GET", "/v1/models"):
+            await _json(send, 200, {"object": "list", "data": self._models(self.aliases.current())})
+        elif route in GENERATE:
+            await self._generate(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _ready(self, send: Send) -> None:
+        current = self.aliases.current()
+        body = {
+            "ready": current.ready,
+            "adapters": {alias: served.version for alias, served in current.aliases.items()},
+            "refused": current.refused,
+        }
+        await _json(send, 200 if current.ready else 503, body)
+
+    def _models(self, current: Aliases) -> list[dict[str, Any]]:
+        base = {"id": self.base_name, "object": "model", "created": int(time.time()), "owned_by": "drydock"}
+        adapters = [
+            {
+                "id": alias,
+                "object": "model",
+                "created": int(served.since),
+                "owned_by": "drydock",
+                "root": loaded_name(alias, served.version),
+                "parent": self.base_name,
+                "digest": served.digest,
+            }
+            for alias, served in current.aliases.items()
+        ]
+        return [base, *adapters]
+
+    async def _generate(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Check the body's `model` and put the loaded version in place of the alias."""
+        body = await _body(receive, self.max_request_bytes)
+        if body is None:
+            message = f"the request body exceeds {self.max_request_bytes:,} bytes"
+            return await _error(send, 413, message, "request_too_large")
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            return await _error(send, 400, f"the request body is not JSON: {error}", "invalid_json")
+        if not isinstance(request, dict) or not isinstance(request.get("model"), str):
+            return await _error(send, 400, "the request body needs a string `model`", "missing_model")
+        current = self.aliases.current()
+        names = {alias: loaded_name(alias, served.version) for alias, served in current.aliases.items()}
+        model = request["model"]
+        if model in names:
+            request["model"] = names[model]
+            body = json.dumps(request).encode()
+        elif model != self.base_name and model not in names.values():
+            known = ", ".join([self.base_name, *names])
+            return await _error(send, 404, f"model {model!r} does not exist; served here: {known}", "model_not_found")
+        await self.app(_resized(scope, body), _replay(body, receive), send)
+
+
+async def _body(receive: Receive, limit: int) -> bytes | None:
+    """The whole request body, or None as soon as it exceeds `limit` bytes."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            return None
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _resized(scope: Message, body: bytes) -> Message:
+    headers = [
+        (name, value) for name, value in scope["headers"] if name not in (b"content-length", b"transfer-encoding")
+    ]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` first and then waits for the real one, which tells when the client leaves."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _error(send: Send, status: int, message: str, code: str) -> None:
+    """An answer in the shape of OpenAI's errors."""
+    await _json(
+        send, status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    )
+
+
+async def _json(send: Send, status: int, value: Any) -> None:
+    body = json.dumps(value).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,213 @@
+"""The adapter sidecar of one replica: follows the `promoted` tags, loads versions into vLLM, proves them, switches.
+
+    promoted tag -> fetch (digests verified) -> load under a name never used before -> canaries -> alias switches
+                                                                                   -> refused: alias stays
+
+It is level-triggered: every look compares what is with what should be, so it makes no difference whether a tag moved, a
+fetch failed before, or the engine died and came back without its adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from pydantic import ValidationError
+
+from artifacts.adapter import PROMOTED, AdapterError, fetch_adapter, repository
+from artifacts.adapter import version as version_of
+from artifacts.store import CorruptBlob, NotFound, Store, StoreError
+from serving import canaries
+from serving.client import Engine, EngineError
+from serving.spec import ServingSpec
+from serving.state import Aliases, Served, loaded_name, read_boot, write_aliases
+
+log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """This version cannot be served here, and trying again will not change it."""
+
+
+@dataclass
+class Metrics:
+    """What Prometheus sees of the sidecar."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        labels = ["adapter", "version"]
+        self.serving = Gauge(
+            "drydock_adapter_serving", "1 for the version that answers.", labels, registry=self.registry
+        )
+        self.parity = Gauge(
+            "drydock_adapter_parity_difference_nats",
+            "Largest mean log-probability difference of a canary.",
+            labels,
+            registry=self.registry,
+        )
+        self.seconds = Gauge(
+            "drydock_adapter_switch_seconds",
+            "Seconds from seeing the tag to answering, by phase.",
+            [*labels, "phase"],
+            registry=self.registry,
+        )
+        self.refused = Counter("drydock_adapter_refused", "Versions refused for good.", labels, registry=self.registry)
+        self.errors = Counter(
+            "drydock_sidecar_errors", "Looks that failed and will be repeated.", ["adapter"], registry=self.registry
+        )
+
+
+class Sidecar:
+    """Keeps one engine in step with the store. `look()` is one pass; the caller repeats it."""
+
+    def __init__(self, spec: ServingSpec, store: Store, engine: Engine, state: Path, cache: Path) -> None:
+        self.spec, self.store, self.engine, self.state, self.cache = spec, store, engine, state, cache
+        self.metrics = Metrics()
+        self._boot: str | None = None
+        self._aliases: dict[str, Served] = {}
+        self._refused: dict[str, dict[str, str]] = {}  # adapter -> digest -> reason
+        self._replaced: dict[str, float] = {}  # loaded name -> when it stopped answering (monotonic)
+        self._told: Aliases | None = None
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def look(self) -> bool:
+        """Bring the engine in step; True when every promoted adapter is served or refused for good.
+
+        Never raises for a store or engine that is out of reach: what is served stays served.
+        """
+        boot = read_boot(self.state)
+        if boot is None:
+            return False
+        if boot != self._boot:
+            if self._boot is not None:
+                log.info("the engine was started anew: loading its adapters again")
+            self._boot, self._aliases, self._replaced, self._refused = boot, {}, {}, {}
+        try:
+            loaded = self.engine.models()
+        except httpx.HTTPError:
+            return False  # still starting, or gone: its next boot is noticed above
+        settled = True
+        for adapter in self.spec.adapters:
+            try:
+                self._follow(adapter, loaded)
+            except (StoreError, EngineError, httpx.HTTPError, OSError) as error:
+                self.metrics.errors.labels(adapter).inc()
+                log.warning("%s: %s; trying again", adapter, error)
+                settled = settled and adapter in self._aliases
+        self._unload_replaced()
+        self._tell(ready=settled)
+        return settled
+
+    def _follow(self, adapter: str, loaded: set[str]) -> None:
+        """Serve the promoted version of `adapter`, if it is not served already."""
+        try:
+            digest = self.store.resolve(repository(adapter), PROMOTED)
+        except NotFound:  # never promoted, or withdrawn
+            if adapter in self._aliases:
+                log.info("%s: no version is promoted any more", adapter)
+                self._retire(adapter)
+            return
+        now = self._aliases.get(adapter)
+        if (now and now.digest == digest) or digest in self._refused.get(adapter, {}):
+            return
+        version = version_of(digest)
+        name = loaded_name(adapter, version)
+        started = time.monotonic()
+        try:
+            folder = self._fetch(adapter, digest)
+            fetched = time.monotonic()
+            if name not in loaded:
+                self._load(name, folder)
+            ready = time.monotonic()
+            difference = self._prove(name, folder)
+        except Refused as refusal:
+            reason = str(refusal)
+            self._refused.setdefault(adapter, {})[digest] = reason
+            self.metrics.refused.labels(adapter, version).inc()
+            keeps = f"stays on {now.version}" if now else "is not served"
+            log.error("%s %s REFUSED: %s; %s %s", adapter, version, reason, adapter, keeps)
+            return
+        proven = time.monotonic()
+        if now:
+            self._retire(adapter)
+        self._replaced.pop(name, None)  # rolled back to: it must not be unloaded as an old one
+        self._aliases[adapter] = Served(version=version, digest=digest, parity_difference=difference, since=time.time())
+        self._tell(ready=self._told.ready if self._told and self._told.boot == self._boot else False)
+        phases = {"fetch": fetched - started, "load": ready - fetched, "parity": proven - ready}
+        for phase, seconds in phases.items():
+            self.metrics.seconds.labels(adapter, version, phase).set(seconds)
+        self.metrics.serving.labels(adapter, version).set(1)
+        self.metrics.parity.labels(adapter, version).set(difference)
+        took = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.items())
+        log.info("%s answers from %s now (%s; canaries within %.4f nats)", adapter, version, took, difference)
+
+    def _fetch(self, adapter: str, digest: str) -> Path:
+        """The folder with the version's files, fetched once and then kept on the node."""
+        folder = self.cache / loaded_name(adapter, version_of(digest))
+        if not folder.is_dir():
+            try:
+                fetch_adapter(self.store, adapter, digest, folder)
+            except (CorruptBlob, AdapterError) as error:
+                raise Refused(str(error)) from error
+        return folder
+
+    def _load(self, name: str, folder: Path) -> None:
+        try:
+            self.engine.load(name, folder)
+        except EngineError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Refused(f"vLLM did not load it: {error}") from error
+
+    def _prove(self, name: str, folder: Path) -> float:
+        """Largest canary difference in nats. Raises `Refused`, after unloading it, when it is no proof."""
+        try:
+            recorded = canaries.load(folder / "canaries.json")
+            difference = canaries.largest_difference(self.engine, name, recorded)
+            if difference > recorded.tolerance:
+                raise Refused(
+                    f"its canaries differ by {difference:.4f} nats a token from what was recorded, allowed are "
+                    f"{recorded.tolerance}: this replica does not compute what was evaluated (other base, or keys that "
+                    "match no layer)"
+                )
+        except (Refused, OSError, ValidationError) as error:
+            self.engine.unload(name)
+            raise Refused(str(error) if isinstance(error, Refused) else f"no usable canaries.json: {error}") from error
+        return difference
+
+    def _retire(self, adapter: str) -> None:
+        served = self._aliases.pop(adapter)
+        self._replaced[loaded_name(adapter, served.version)] = time.monotonic()
+        for gauge in (self.metrics.serving, self.metrics.parity):
+            gauge.remove(adapter, served.version)
+
+    def _unload_replaced(self) -> None:
+        """Unload what stopped answering a while ago: a request that read the old alias has reached vLLM by then."""
+        for name, since in list(self._replaced.items()):
+            if time.monotonic() - since >= self.spec.old_version_seconds:
+                try:
+                    self.engine.unload(name)
+                except (EngineError, httpx.HTTPError) as error:
+                    log.warning("%s was not unloaded: %s", name, error)
+                    continue
+                del self._replaced[name]
+                log.info("%s is unloaded", name)
+
+    def _tell(self, *, ready: bool) -> None:
+        """Tell the request layer, if anything changed."""
+        assert self._boot is not None
+        current = {adapter: reasons for adapter, reasons in self._refused.items() if adapter in self.spec.adapters}
+        said = Aliases(
+            boot=self._boot,
+            ready=ready,
+            aliases=dict(self._aliases),
+            refused={adapter: list(reasons.values())[-1] for adapter, reasons in current.items()},
+        )
+        if said != self._told:
+            write_aliases(self.state, said)
+            self._told = said
