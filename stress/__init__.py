@@ -1,0 +1,1 @@
+"""Load and drills against an OpenAI-compatible endpoint: Locust users, replica loss, outage, long prompts."""

@@ -1,0 +1,192 @@
+"""Command line of the stress container: run a load, run a drill, write the report."""
+
+from __future__ import annotations
+
+import sys
+
+if "run" in sys.argv[1:2]:
+    # before anything imports sockets or threads; the drills and the report do without gevent
+    from gevent import monkey
+
+    monkey.patch_all()
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from common import exits
+from common.settings import SettingsError, explain, load_settings
+from stress.client import check_target
+from stress.spec import LoadSpec
+
+EPILOG = f"""
+examples   python -m stress run --target http://127.0.0.1:8000 --dataset data.jsonl --out out --models kubectl triage
+           python -m stress drill replica-loss --dataset data.jsonl --out out --models kubectl --timeout-seconds 300
+           python -m stress report out
+
+A settings file holds the fields that `python -m stress settings` lists; options given here override it.
+exit codes {exits.OK} measured    {exits.FAILED} not measured (the reason is printed)
+           {exits.INPUT} arguments or settings to mend    {exits.INTERRUPTED} SIGINT    {exits.TERMINATED} SIGTERM
+"""
+
+SCALARS: dict[str, type] = {
+    "users": int,
+    "ramp_seconds": float,
+    "duration_seconds": float,
+    "max_requests": int,
+    "prompt_tokens": int,
+    "chars_per_token": float,
+    "long_share": float,
+    "long_multiplier": int,
+    "max_tokens": int,
+    "stream_share": float,
+    "think_seconds": float,
+    "failure_pause_seconds": float,
+    "request_timeout_seconds": float,
+    "seed": int,
+}
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=Path, required=True, help="JSONL whose rows become the prompts")
+    parser.add_argument("--out", type=Path, required=True, help="output folder of the whole chain")
+    parser.add_argument("--settings", type=Path, help="YAML or JSON with the load's settings")
+    parser.add_argument(
+        "--allow-remote", action="store_true", help="load a server that is not this machine; be sure that it is yours"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--models", nargs="+", metavar="ALIAS[=WEIGHT]", help=LoadSpec.model_fields["models"].description)
+    for name, kind in SCALARS.items():
+        field = LoadSpec.model_fields[name]
+        shown = "" if field.default is None else f" [{field.default}]"
+        load.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=f"{field.description}{shown}"
+        )
+
+
+def _models(items: Sequence[str]) -> dict[str, Any] | list[str]:
+    """`["a=3", "b"]` as weights."""
+    weights: dict[str, Any] = {}
+    for item in items:
+        name, _, weight = item.partition("=")
+        if name in weights:
+            return list(items)  # LoadSpec tells about a name given twice
+        weights[name] = weight or 1.0
+    return weights
+
+
+def load_spec(arguments: argparse.Namespace) -> LoadSpec:
+    """The spec from the settings file and the options. Raises `SettingsError` with every problem."""
+    given = {name: getattr(arguments, name) for name in SCALARS if getattr(arguments, name) is not None}
+    if arguments.models:
+        given["models"] = _models(arguments.models)
+    if arguments.settings:
+        return load_settings(arguments.settings, LoadSpec, **given)
+    try:
+        return LoadSpec.model_validate(given)
+    except ValidationError as error:
+        raise SettingsError(explain(error, LoadSpec)) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        from stress import report
+
+        return int(report.main(argv[1:]) or 0)
+    parser = argparse.ArgumentParser(
+        "python -m stress", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="load an endpoint; writes OUT/stress/SCENARIO/{requests.jsonl,summary.json}")
+    run.add_argument("--target", required=True, help="URL of the OpenAI-compatible server or router")
+    run.add_argument("--scenario", default="load", help="name of this run's folder [%(default)s]")
+    run.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # the drills put their phases elsewhere
+    run.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
+    run.add_argument("--open-ended", action="store_true", help=argparse.SUPPRESS)
+    _common(run)
+    drill = commands.add_parser("drill", help="break something and measure; writes OUT/drills/DRILL.json")
+    drill.add_argument("drill", choices=["long-prompts", "replica-loss", "outage"])
+    drill.add_argument("--fleet", type=Path, help="fleet file of the supervisor [OUT/fleet.json]")
+    drill.add_argument("--target", help="long-prompts: load this URL instead of the fleet's router")
+    drill.add_argument("--replica", help="replica-loss: which one to kill [the first]")
+    drill.add_argument(
+        "--before-seconds", type=float, default=10.0, help="replica-loss: load before the kill [%(default)s]"
+    )
+    drill.add_argument(
+        "--after-seconds", type=float, default=5.0, help="replica-loss: load after the return [%(default)s]"
+    )
+    drill.add_argument(
+        "--timeout-seconds", type=float, default=600.0, help="give up waiting for recovery [%(default)s]"
+    )
+    _common(drill)
+    commands.add_parser("settings", help="every setting of the load with its default and meaning")
+    commands.add_parser("report", help="write OUT/report.json and OUT/report.html")
+
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "settings":
+            for name, field in LoadSpec.model_fields.items():
+                default = "required" if field.is_required() else json.dumps(field.default)
+                print(f"{name}: {default}\n    {field.description}")
+            return exits.OK
+        if arguments.command == "run":
+            return _run(arguments)
+        return _drill(arguments)
+    except SettingsError as error:
+        print("\n".join(f"stress: {problem}" for problem in error.problems), file=sys.stderr)
+        return exits.INPUT
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from stress.prompts import read_rows
+
+    spec = load_spec(arguments)
+    check_target(arguments.target, arguments.allow_remote)
+    rows = read_rows(arguments.dataset)
+    folder = arguments.folder or arguments.out / "stress" / arguments.scenario
+    from stress.load import run
+
+    return run(
+        arguments.target,
+        spec,
+        rows,
+        folder,
+        follow_parent=arguments.follow_parent,
+        open_ended=arguments.open_ended,
+    )
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    from stress import drills
+    from stress.prompts import read_rows
+
+    spec = load_spec(arguments)
+    for name in ("before_seconds", "after_seconds", "timeout_seconds"):
+        if getattr(arguments, name) <= 0:
+            raise SettingsError([f"{name}: must be above 0, found {getattr(arguments, name):g}"])
+    read_rows(arguments.dataset)
+    plan = drills.Plan(
+        out=arguments.out,
+        dataset=arguments.dataset,
+        fleet=arguments.fleet or arguments.out / "fleet.json",
+        spec=spec,
+        allow_remote=arguments.allow_remote,
+        target=arguments.target,
+        replica=arguments.replica,
+        before_seconds=arguments.before_seconds,
+        after_seconds=arguments.after_seconds,
+        timeout_seconds=arguments.timeout_seconds,
+    )
+    return drills.main(arguments.drill, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

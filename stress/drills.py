@@ -1,0 +1,566 @@
+"""Three drills: longer prompts, the loss of one replica under load, the loss of all. Each breaks, measures, and writes
+`OUT/drills/NAME.json` and `OUT/drills/NAME.requests.jsonl`.
+
+The load is `python -m stress run` in a process of its own: the same code as any other run, and its timing is not
+disturbed by the watching done here. Times in `events` and in the records are unix seconds of this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from common import exits
+from common.files import read_json, read_jsonl, write_json, write_jsonl
+from stress import figures
+from stress.client import Record, ask, check_target, get_status
+from stress.fleet import Fleet, FleetError, Replica, check_kill, kill, read_fleet
+from stress.prompts import PromptSource, Turns, read_rows
+from stress.spec import LoadSpec
+
+POLL_SECONDS = 0.1  # resolution of every milestone below
+PROBE_SECONDS = 0.25  # a probe starts this often, answered or not: resolution of the time to the first token
+PROBE_TIMEOUT_SECONDS = 10.0
+PROBES_UNDER_WAY = 8  # a router that holds requests back must not collect hundreds of them
+DEFAULT_LONG_SHARE = 0.25
+
+
+class NotMeasuredError(Exception):
+    """The drill cannot give its figures; the text is the reason."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a drill is to do. `target` None means the fleet's router."""
+
+    out: Path
+    dataset: Path
+    fleet: Path
+    spec: LoadSpec
+    allow_remote: bool = False
+    target: str | None = None
+    replica: str | None = None
+    before_seconds: float = 10.0
+    after_seconds: float = 5.0
+    timeout_seconds: float = 600.0
+
+
+@dataclass
+class Result:
+    """What a drill has found so far: kept, and written, even if the drill cannot finish."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def event(self, name: str, at: float | None = None) -> float:
+        """Note and print an event; its unix time."""
+        at = time.time() if at is None else at
+        self.events.append({"at": round(at, 3), "name": name})
+        print(f"drill: {name}", file=sys.stderr, flush=True)
+        return at
+
+    def put(self, name: str, value: float | None, reason: str) -> None:
+        """A figure, or why there is none."""
+        if value is None:
+            self.absent[name] = reason
+        else:
+            self.values[name] = round(value, 3)
+
+
+def main(name: str, plan: Plan) -> int:
+    """Run the drill `name`, write its files, return the exit code. Raises `SettingsError` for a refused target."""
+    drill = {"long-prompts": long_prompts, "replica-loss": replica_loss, "outage": outage}[name]
+    folder = plan.out / "drills"
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in (".json", ".requests.jsonl"):
+        (folder / (name + suffix)).unlink(missing_ok=True)  # never an old result for a new drill
+    result = Result()
+    failure: str | None = None
+
+    def terminate(_signal: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
+            drill(plan, result, Path(scratch))
+    except (NotMeasuredError, FleetError) as error:
+        failure = str(error)
+        print(f"drill {name}: {failure}", file=sys.stderr)
+    except Terminated:
+        return exits.TERMINATED
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    value = {"drill": name, **result.values, "events": sorted(result.events, key=lambda event: event["at"])}
+    if failure:
+        value["failure"] = failure
+    write_jsonl(folder / f"{name}.requests.jsonl", result.requests)
+    write_json(folder / f"{name}.json", value | {"absent": result.absent, "percentiles": figures.PERCENTILES})
+    return exits.FAILED if failure else exits.OK
+
+
+# --- the load beside a drill ------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadProcess:
+    """A running `python -m stress run`."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    spec: LoadSpec
+
+    def check(self) -> None:
+        """Raise `NotMeasuredError` if the load has ended by itself."""
+        if self.process.poll() is not None:
+            raise NotMeasuredError(
+                f"the load ended too early with exit code {self.process.returncode}; its reason is above"
+            )
+
+    def wait_started(self, timeout_seconds: float) -> None:
+        """Until the first request has been answered (or has failed)."""
+        path = self.folder / "requests.jsonl"
+        wait_until(
+            lambda: path.exists() and path.stat().st_size > 0, timeout_seconds, "the load sent no request", self.check
+        )
+
+    def finish(self, *, now: bool) -> list[dict[str, Any]]:
+        """Wait for the end (`now`: ask for it) and for the requests under way; all records."""
+        if now:
+            self.check()
+            self.process.send_signal(signal.SIGUSR1)
+        limit = 2 * self.spec.request_timeout_seconds + 30
+        if not now:
+            limit += self.spec.ramp_seconds + self.spec.duration_seconds
+        try:
+            code = self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise NotMeasuredError(f"the load did not end within {limit:.0f} s") from None
+        if not (self.folder / "summary.json").exists():
+            raise NotMeasuredError(f"the load ended with exit code {code} and no summary; its reason is above")
+        return list(read_jsonl(self.folder / "requests.jsonl"))
+
+    def window_start(self) -> float:
+        """Unix time at which the ramp was over."""
+        return float(read_json(self.folder / "summary.json")["window"]["started_at"])
+
+
+@contextlib.contextmanager
+def load(plan: Plan, spec: LoadSpec, target: str, folder: Path, *, open_ended: bool = False) -> Iterator[LoadProcess]:
+    """Start the load (`open_ended`: this drill will end it); whatever happens, it is gone at the end."""
+    folder.mkdir()
+    write_json(folder / "spec.json", spec.model_dump())
+    command = [sys.executable, "-m", "stress", "run", "--follow-parent", "--target", target]
+    command += ["--settings", str(folder / "spec.json"), "--dataset", str(plan.dataset)]
+    command += ["--out", str(folder), "--folder", str(folder)]
+    command += ["--allow-remote"] * plan.allow_remote + ["--open-ended"] * open_ended
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield LoadProcess(process, folder, spec)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        process.wait()
+
+
+def wait_until(
+    condition: Callable[[], bool], timeout_seconds: float, reason: str, check: Callable[[], None] = lambda: None
+) -> None:
+    """Poll until `condition` holds; `NotMeasuredError` after the timeout; `check` may raise earlier."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        check()
+        if time.monotonic() > deadline:
+            raise NotMeasuredError(f"{reason} within {timeout_seconds:g} s")
+        time.sleep(POLL_SECONDS)
+
+
+def sleep_checked(seconds: float, check: Callable[[], None]) -> None:
+    """Sleep, but notice it when `check` raises."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, POLL_SECONDS))
+
+
+# --- watching replicas ------------------------------------------------------------------------------------------
+
+
+class Watcher(threading.Thread):
+    """Follows one killed replica until it is ready again, noting when each stage was first seen.
+
+    `restarted_at`: the fleet file names another process; `engine_at`: its /health is 200; `ready_at`: its /ready is
+    200. Each stage is looked for only after the one before, so an answer of the killed process cannot count.
+    """
+
+    def __init__(self, fleet: Path, killed: Replica, result: Result) -> None:
+        super().__init__(daemon=True)
+        self.fleet, self.killed, self.result = fleet, killed, result
+        self.restarted_at: float | None = None
+        self.engine_at: float | None = None
+        self.ready_at: float | None = None
+        self.given_up = threading.Event()
+
+    def run(self) -> None:
+        name = self.killed.name
+        while not self.given_up.wait(POLL_SECONDS):
+            if self.restarted_at is None:
+                url = self._restarted()
+                if url is None:
+                    continue
+                self.killed = self.killed.model_copy(update={"url": url})
+                self.restarted_at = self.result.event(f"{name} restarted")
+            if self.engine_at is None:
+                if get_status(self.killed.url + "/health") != 200:
+                    continue
+                self.engine_at = self.result.event(f"{name} engine answers")
+            if get_status(self.killed.url + "/ready") == 200:
+                self.ready_at = self.result.event(f"{name} ready")
+                return
+
+    def _restarted(self) -> str | None:
+        """The URL of the new process, once the fleet file names it."""
+        with contextlib.suppress(FleetError):  # the supervisor may be writing the file
+            new = read_fleet(self.fleet).replica(self.killed.name)
+            if (new.pid, new.started_at) != (self.killed.pid, self.killed.started_at):
+                return new.url.rstrip("/")
+        return None
+
+    def missing(self) -> str | None:
+        """What has not been seen yet, for a reason."""
+        if self.ready_at is not None:
+            return None
+        stage = "was not restarted by its supervisor"
+        if self.restarted_at is not None:
+            stage = "restarted, but its engine (/health) did not answer"
+        if self.engine_at is not None:
+            stage = "has its engine up, but is not ready (/ready): are all promoted adapters loadable?"
+        return f"{self.killed.name} {stage}"
+
+
+def ready_fleet(plan: Plan) -> Fleet:
+    """The fleet, once all its replicas are ready: a drill on a broken fleet would measure something else."""
+    fleet = read_fleet(plan.fleet)
+    for url in (fleet.router, *(replica.url for replica in fleet.replicas)):
+        check_target(url, plan.allow_remote)
+
+    def unready() -> list[str]:
+        return [r.name for r in fleet.replicas if get_status(r.url.rstrip("/") + "/ready") != 200]
+
+    wait_until(
+        lambda: not unready(), plan.timeout_seconds, f"before the drill: not every replica of {plan.fleet} was ready"
+    )
+    return read_fleet(plan.fleet)
+
+
+def spread(rows: Iterable[figures.Row]) -> dict[str, Any] | None:
+    """TTFT percentiles and how many requests they stand on; None if there are none."""
+    values = figures.ttft_values(rows)
+    return {**figures.percentiles(values, 50, 95), "requests": len(values)} if values else None
+
+
+def ratio(numerator: dict[str, Any] | None, denominator: dict[str, Any] | None) -> float | None:
+    """p95 over p95, if both are known."""
+    return numerator["p95"] / denominator["p95"] if numerator and denominator and denominator["p95"] else None
+
+
+# --- the drills -------------------------------------------------------------------------------------------------
+
+
+def long_prompts(plan: Plan, result: Result, scratch: Path) -> None:
+    """The same load twice, the second time with a share of prompts that are several times longer.
+
+    `short_p95_ratio`: TTFT p95 of the normal prompts beside long ones, over that without long ones: what others'
+    long prompts cost. `long_p95_ratio`: that of the long prompts over the same base.
+    """
+    target = plan.target or ready_fleet(plan).router
+    check_target(target, plan.allow_remote)
+    share = plan.spec.long_share or DEFAULT_LONG_SHARE
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for number, (phase, long_share) in enumerate((("baseline", 0.0), ("mixed", share)), 1):
+        # another seed, other prompts: the second phase must not find the first one's in the prefix cache
+        spec = plan.spec.model_copy(update={"long_share": long_share, "seed": plan.spec.seed + 1000 * number})
+        result.event(f"{phase} load started")
+        with load(plan, spec, target, scratch / phase) as running:
+            rows = running.finish(now=False)
+            start = running.window_start()
+        result.requests += [{**row, "phase": phase} for row in rows]
+        measured[phase] = [row for row in rows if row["started_at"] >= start]
+    result.event("load ended")
+
+    short, long = ([row for row in measured["mixed"] if row["prompt"] == kind] for kind in ("normal", "long"))
+    values = result.values
+    values |= {"multiplier": plan.spec.long_multiplier, "long_share": share}
+    spreads = {}
+    for name, rows in (("baseline", measured["baseline"]), ("short", short), ("long", long)):
+        spreads[name] = spread(rows)
+        values[name] = {"requests": len(rows), "failed": figures.failed(rows)}
+        if spreads[name]:
+            values[name]["ttft_ms"] = spreads[name]
+        else:
+            result.absent[f"{name}.ttft_ms"] = "no streaming request succeeded"
+    for name in ("short", "long"):
+        result.put(
+            f"{name}_p95_ratio",
+            ratio(spreads[name], spreads["baseline"]),
+            "needs TTFT of both loads; see the others absent",
+        )
+    values |= {
+        "requests": len(result.requests),
+        "failed": figures.failed(result.requests),
+        "failures_by_reason": reasons(result.requests),
+        "prompt_tokens": {},
+    }
+    for kind in ("normal", "long"):
+        known = [r["prompt_tokens"] for r in result.requests if r["prompt"] == kind and r["prompt_tokens"] is not None]
+        if known:
+            values["prompt_tokens"][kind] = figures.percentile(known, 50)
+        else:
+            result.absent[f"prompt_tokens.{kind}"] = "no answer with usage"
+    if not all(spreads.values()):
+        raise NotMeasuredError("no TTFT for " + ", ".join(name for name, value in spreads.items() if not value))
+
+
+def replica_loss(plan: Plan, result: Result, scratch: Path) -> None:
+    """SIGKILL one replica under load and wait until the same one is ready again.
+
+    Half the users stream and half do not: a router can send a lost request again, but not an answer that has begun.
+    `recovery_seconds`: from the kill to 200 on that replica's /ready. `p95_ratio`: TTFT p95 of streamed requests
+    started between the kill and the recovery, over that of those started before the kill (ramp left out).
+    """
+    fleet = ready_fleet(plan)
+    name = plan.replica or fleet.replicas[0].name
+    check_kill(fleet.replica(name))
+    longest = plan.before_seconds + plan.timeout_seconds + plan.after_seconds + 60
+    spec = plan.spec.model_copy(
+        update={
+            "users": max(2, plan.spec.users),
+            "stream_share": 0.5,
+            "long_share": 0.0,
+            "duration_seconds": longest,
+            "seed": plan.spec.seed + 3000,
+        }
+    )
+    with load(plan, spec, fleet.router, scratch / "load", open_ended=True) as running:
+        running.wait_started(60 + spec.request_timeout_seconds)
+        begun = result.event("load started")
+        sleep_checked(spec.ramp_seconds + plan.before_seconds, running.check)
+        victim = read_fleet(plan.fleet).replica(name)
+        watcher = Watcher(plan.fleet, victim, result)
+        killed_at = result.event(f"{name} killed", kill([victim]))
+        result.values["killed"] = name
+        watcher.start()
+        try:
+            deadline = time.monotonic() + plan.timeout_seconds
+            while watcher.is_alive() and time.monotonic() < deadline:
+                running.check()
+                watcher.join(POLL_SECONDS)
+            if watcher.ready_at is not None:
+                sleep_checked(plan.after_seconds, running.check)
+        finally:
+            watcher.given_up.set()
+        result.requests = running.finish(now=True)
+        result.event("load ended")
+
+    ready_at = watcher.ready_at
+    for row in result.requests:
+        row["phase"] = "before" if row["started_at"] < killed_at else "lost"
+        if ready_at is not None and row["started_at"] > ready_at:
+            row["phase"] = "after"
+    rows = result.requests
+    before = spread(r for r in rows if r["phase"] == "before" and r["started_at"] >= begun + spec.ramp_seconds)
+    lost = spread(r for r in rows if r["phase"] == "lost")
+    result.values |= {
+        "requests": len(rows),
+        "failed": figures.failed(rows),
+        "failed_streams": figures.failed(r for r in rows if r["stream"]),
+        "failed_non_streams": figures.failed(r for r in rows if not r["stream"]),
+        "failed_before_kill": sum(r["error"] is not None and figures.ended_at(r) < killed_at for r in rows),
+        "failures_by_reason": reasons(rows),
+        "ttft_ms": {key: value for key, value in (("before", before), ("lost", lost)) if value},
+    }
+    missing = watcher.missing()
+    result.put(
+        "recovery_seconds", ready_at - killed_at if ready_at else None, f"{missing} within {plan.timeout_seconds:g} s"
+    )
+    result.put(
+        "p95_ratio",
+        ratio(lost, before),
+        "no streamed request succeeded " + ("in between" if before else "before the kill"),
+    )
+    if missing:
+        raise NotMeasuredError(result.absent["recovery_seconds"])
+    if "p95_ratio" in result.absent:
+        raise NotMeasuredError(f"p95_ratio: {result.absent['p95_ratio']}")
+
+
+class Prober:
+    """One client that asks through the router for one streamed token each `PROBE_SECONDS`."""
+
+    def __init__(self, router: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> None:
+        self.router = router
+        self.turns = Turns(spec.models)
+        self.source = PromptSource(rows, spec.seed + 4000)
+        self.records: list[Record] = []
+        self.slots = threading.BoundedSemaphore(PROBES_UNDER_WAY)
+        self.stopped = threading.Event()
+        self.sent = 0
+        self.ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def probe(self) -> Record:
+        """Send one probe and keep its record."""
+        number, self.sent = self.sent, self.sent + 1
+        record = ask(
+            self.router,
+            self.turns.next(),
+            self.source.messages(number, 1),
+            stream=True,
+            max_tokens=1,
+            timeout_seconds=PROBE_TIMEOUT_SECONDS,
+            prompt="probe",
+        )
+        # one token may be the end of turn or half a character: the whole stream arrived, the token had no text
+        if record.error == "empty answer":
+            record.error, record.ttft_ms = None, record.latency_ms
+        self.records.append(record)
+        return record
+
+    def _tick(self) -> None:
+        while not self.stopped.wait(PROBE_SECONDS):
+            if self.slots.acquire(blocking=False):
+                threading.Thread(target=self._one, daemon=True).start()
+
+    def _one(self) -> None:
+        try:
+            self.probe()
+        finally:
+            self.slots.release()
+
+    def first_token(self, after: float) -> float | None:
+        """Unix time of the first token of a probe that was sent after `after`."""
+        times = [
+            record.started_at + record.ttft_ms / 1000
+            for record in list(self.records)
+            if record.started_at > after and record.error is None and record.ttft_ms is not None
+        ]
+        return min(times, default=None)
+
+
+def outage(plan: Plan, result: Result, scratch: Path) -> None:
+    """SIGKILL all replicas and time the way back to the first token through the router.
+
+    Phases in seconds, each from the end of the one before: `restart` until the fleet file names a new process of any
+    replica, `engine` until any /health is 200, `adapters` until any /ready is 200, `routed` until the first token
+    through the router. Their sum is `recovery_seconds`. A token that came before a milestone was seen (a router may
+    send work to an engine that is not ready yet) ends the phases there.
+    """
+    fleet = ready_fleet(plan)
+    for replica in fleet.replicas:
+        check_kill(replica)
+    prober = Prober(fleet.router, plan.spec, read_rows(plan.dataset))
+    wait_until(
+        lambda: prober.probe().error is None, plan.timeout_seconds, f"before the drill: no token through {fleet.router}"
+    )
+    watchers = [Watcher(plan.fleet, replica, result) for replica in read_fleet(plan.fleet).replicas]
+    prober.ticker.start()
+    token_at: float | None = None
+    try:
+        time.sleep(2 * PROBE_SECONDS)
+        killed_at = result.event("all replicas killed", kill([watcher.killed for watcher in watchers]))
+        dead_at = time.time()
+        result.values["killed"] = [watcher.killed.name for watcher in watchers]
+        for watcher in watchers:
+            watcher.start()
+        deadline = time.monotonic() + plan.timeout_seconds
+        while time.monotonic() < deadline and (token_at is None or any(watcher.is_alive() for watcher in watchers)):
+            time.sleep(POLL_SECONDS)
+            if token_at is None:
+                token_at = prober.first_token(after=dead_at)
+                if token_at is not None:
+                    result.event("first token through the router", token_at)
+    finally:
+        prober.stopped.set()
+        for watcher in watchers:
+            watcher.given_up.set()
+    probes = [record for record in list(prober.records) if record.started_at >= killed_at]
+    result.requests = [dict(vars(record)) for record in sorted(prober.records, key=lambda record: record.started_at)]
+    until = token_at if token_at is not None else time.time()
+    result.values |= {
+        "probes": len(probes),
+        "failed_probes": sum(record.error is not None and record.started_at <= until for record in probes),
+        "failures_by_reason": reasons([vars(record) for record in probes]),
+        "replicas": {watcher.killed.name: stages(watcher, killed_at, result.absent) for watcher in watchers},
+    }
+    result.put(
+        "recovery_seconds",
+        token_at - killed_at if token_at is not None else None,
+        f"no token through the router within {plan.timeout_seconds:g} s",
+    )
+    if token_at is None:
+        result.absent["phases"] = result.absent["recovery_seconds"]
+    else:
+        milestones = {
+            "restart": [watcher.restarted_at for watcher in watchers],
+            "engine": [watcher.engine_at for watcher in watchers],
+            "adapters": [watcher.ready_at for watcher in watchers],
+        }
+        result.values |= {"phases": phases(killed_at, token_at, milestones), "phases_unit": "seconds"}
+    missing = [text for watcher in watchers if (text := watcher.missing())]
+    if token_at is None or missing:
+        raise NotMeasuredError("; ".join([*missing, *([] if token_at else [result.absent["recovery_seconds"]])]))
+
+
+def phases(killed_at: float, token_at: float, milestones: dict[str, list[float | None]]) -> dict[str, float]:
+    """Seconds of each phase from unix times; the first replica to reach a milestone counts; they sum to the whole."""
+    found: dict[str, float] = {}
+    last = killed_at
+    for name, times in milestones.items():
+        reached = max(last, min((at for at in times if at is not None and at <= token_at), default=token_at))
+        found[name] = round(reached - last, 3)
+        last = reached
+    found["routed"] = round(token_at - last, 3)
+    return found
+
+
+def stages(watcher: Watcher, killed_at: float, absent: dict[str, str]) -> dict[str, float]:
+    """Seconds of each stage of one replica, and the whole until it was ready."""
+    found: dict[str, float] = {}
+    last = killed_at
+    for name, at in (("restart", watcher.restarted_at), ("engine", watcher.engine_at), ("adapters", watcher.ready_at)):
+        if at is None:
+            absent[f"replicas.{watcher.killed.name}.{name}_seconds"] = str(watcher.missing())
+            return found
+        found[f"{name}_seconds"] = round(at - last, 3)
+        last = at
+    return found | {"ready_seconds": round(last - killed_at, 3)}
+
+
+def reasons(rows: Iterable[figures.Row]) -> dict[str, int]:
+    """Failures by reason, the most frequent first."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row["error"] is not None:
+            counts[row["error"]] = counts.get(row["error"], 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -1,0 +1,522 @@
+"""The report: one JSON and one page made from what the chain wrote, with every missing figure named and explained.
+
+Nothing here measures. A figure is copied from the file of the part that measured it; where it is missing, null or not
+a finite number, it is left out and its dotted path stands in `absent` with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import exits
+from common.files import read_jsonl, write_atomic, write_json
+
+Json = dict[str, Any]
+
+# Figures that each section must have, and their kind; everything else that the part wrote is copied as well.
+REQUIRED: dict[str, dict[str, str]] = {
+    "dataset": {"examples": "number", "rejected": "number"},
+    "tuning": {"tokens_per_second": "number", "seconds": "number"},
+    "evaluation": {
+        "metric": "text",
+        "base": "number",
+        "adapter": "number",
+        "gain_ci95": "interval",
+        "examples": "number",
+        "passed": "flag",
+    },
+    "promotion": {"adapter": "text", "digest": "text", "seconds_to_all_replicas": "number"},
+    "stress": {
+        "requests": "number",
+        "failed": "number",
+        "rps": "number",
+        "ttft_ms.p50": "number",
+        "ttft_ms.p95": "number",
+        "tokens_per_second.p50": "number",
+        "tokens_per_second.p95": "number",
+    },
+    "drills.long_prompts": {"short_p95_ratio": "number", "long_p95_ratio": "number"},
+    "drills.replica_loss": {"failed": "number", "p95_ratio": "number", "recovery_seconds": "number"},
+    "drills.outage": {"recovery_seconds": "number", "phases": "numbers"},
+}
+ADAPTER_FILES = {
+    "dataset": "dataset/{}.json",
+    "tuning": "runs/{}/tuning.json",
+    "evaluation": "runs/{}/evaluation.json",
+    "promotion": "promotions/{}.json",
+}
+DRILLS = ("long_prompts", "replica_loss", "outage")
+# Words in a stage's name that tell which section it fills.
+STAGE_WORDS: dict[str, tuple[str, ...]] = {
+    "dataset": ("dataset", "check"),
+    "tuning": ("tune", "tuning"),
+    "evaluation": ("evaluat", "gate"),
+    "promotion": ("promot", "publish", "serve", "fleet"),
+    "stress": ("stress", "load"),
+    "drills.long_prompts": ("long", "drill"),
+    "drills.replica_loss": ("replica", "drill"),
+    "drills.outage": ("outage", "drill"),
+}
+GOOD = ("ok", "done", "passed", "succeeded", "completed")
+MAIN_SCENARIO = "load"  # the default of `python -m stress run --scenario`
+# What a drill should stay within: (figure, the most it may be, in words).
+BOUNDS: dict[str, tuple[str, float, str]] = {
+    "long_prompts": ("short_p95_ratio", 1.5, "TTFT p95 of the normal prompts at most 1.5 times as high"),
+    "replica_loss": ("failed_non_streams", 0, "no request lost that the router could send again (not streamed)"),
+}
+
+
+class Folder:
+    """The chain's output folder: reads its JSON files, and remembers why one could not be had."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def json(self, name: str) -> tuple[Json | None, str]:
+        """`(object, "")`, or `(None, reason)`."""
+        try:
+            value = json.loads((self.root / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None, f"file {name} was not written"
+        except (OSError, ValueError) as error:
+            return None, f"file {name} cannot be read: {error}"
+        return (value, "") if isinstance(value, dict) else (None, f"file {name} does not hold a JSON object")
+
+    def lines(self, name: str) -> Iterator[Any]:
+        """The objects of a JSON-lines file up to the first broken line (a crash cuts the last); none if absent."""
+        try:
+            yield from (row for row in read_jsonl(self.root / name) if isinstance(row, dict))
+        except (OSError, ValueError):
+            return
+
+    def names(self, *patterns: str) -> list[str]:
+        """Sorted stems of the files (names of the folders) that match."""
+        return sorted(
+            {
+                path.stem if path.is_file() else path.name
+                for p in patterns
+                for path in self.root.glob(p)
+                if path.name[0] != "."
+            }
+        )
+
+
+def get(value: Any, path: str) -> Any:
+    """The value at the dotted `path`, or None."""
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def number(value: Any) -> bool:
+    """Whether `value` is a finite number (a bool is none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "interval":
+        return isinstance(value, list) and len(value) == 2 and all(map(number, value))
+    if kind == "numbers":
+        return isinstance(value, dict) and bool(value) and all(map(number, value.values()))
+    return {"number": number(value), "text": isinstance(value, str), "flag": isinstance(value, bool)}[kind]
+
+
+class Builder:
+    """Collects sections and the reasons for what is absent."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.absent: dict[str, str] = {}
+        rehearsal, reason = folder.json("rehearsal.json")
+        self.rehearsal: Json = rehearsal or {}
+        if rehearsal is None:
+            self.absent["stages"] = reason
+        stages = self.rehearsal.get("stages")
+        self.stages: list[Json] = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+
+    def stopped(self) -> Json | None:
+        """The first stage that did not end well; the stage that writes this report does not count."""
+        for stage in self.stages:
+            status = str(stage.get("status"))
+            if status not in GOOD and status != "skipped" and not str(stage.get("name")).startswith("report"):
+                return stage
+        return None
+
+    def why(self, section: str, adapter: str | None, otherwise: str) -> str:
+        """Why a whole section is missing: its own stage's failure, an earlier one's, or `otherwise` (its file's)."""
+        stop = self.stopped()
+        if stop is None:
+            return otherwise
+        own = [s for s in self.stages if any(word in str(s.get("name")).lower() for word in STAGE_WORDS[section])]
+        if adapter and any(adapter in str(stage.get("name")) for stage in own):
+            own = [stage for stage in own if adapter in str(stage.get("name"))]
+        for stage in own:
+            if str(stage.get("status")) not in (*GOOD, "skipped"):
+                return told(stage)
+        if not own or all(stage.get("status") == "skipped" for stage in own):
+            return f"not reached: {told(stop)}"
+        return otherwise
+
+    def section(
+        self, path: str, file: str, kind: str, adapter: str | None = None, leave: Sequence[str] = ()
+    ) -> Json | None:
+        """The object in `file`, cleaned, without the keys `leave`; notes what `REQUIRED[kind]` misses below `path`."""
+        value, reason = self.folder.json(file)
+        if value is None:
+            self.absent[path] = self.why(kind, adapter, reason)
+            return None
+        own = value.get("absent")
+        own = own if isinstance(own, dict) else {}
+        kept = {key: item for key, item in value.items() if key not in (*leave, "absent")}
+        if isinstance(kept.get("spec"), dict):  # settings, where null means "by default"; not figures
+            kept["spec"] = {key: item for key, item in kept["spec"].items() if item is not None}
+        found: Json = self._clean(kept, path, file)
+        self.absent |= {f"{path}.{key}": str(text) for key, text in own.items()}
+        failure = value.get("failure")
+        for name, wanted in REQUIRED[kind].items():
+            item = get(found, name)
+            if item is not None and not _fits(item, wanted):
+                parent = get(found, name.rpartition(".")[0]) if "." in name else found
+                parent.pop(name.rpartition(".")[2])
+                self.absent[f"{path}.{name}"] = f"file {file}: expected {wanted} at {name}, found {str(item)[:80]}"
+            elif item is None and not any(
+                f"{path}.{name}" == p or f"{path}.{name}".startswith(p + ".") for p in self.absent
+            ):
+                self.absent[f"{path}.{name}"] = str(failure) if failure else f"file {file} has no {name}"
+        return found
+
+    def _clean(self, value: Any, path: str, file: str) -> Any:
+        """`value` without nulls and numbers that are not finite; each of them becomes absent with its reason."""
+        if isinstance(value, dict):
+            kept = {}
+            for key, item in value.items():
+                if item is None or (isinstance(item, float) and not math.isfinite(item)):
+                    self.absent[f"{path}.{key}"] = f"file {file}: {'null' if item is None else item} instead of a value"
+                else:
+                    kept[str(key)] = self._clean(item, f"{path}.{key}", file)
+            return kept
+        if isinstance(value, list):
+            if any(isinstance(item, float) and not math.isfinite(item) for item in value):
+                self.absent[path] = f"file {file}: a number that is not finite"
+                return []
+            return [self._clean(item, f"{path}.{at}", file) for at, item in enumerate(value)]
+        return value
+
+
+def told(stage: Json) -> str:
+    """A stage that ended badly, in words."""
+    text = f"stage {stage.get('name')}: {str(stage.get('status')).replace('_', ' ')}"
+    return f"{text}: {stage['error']}" if stage.get("error") else text
+
+
+def build(root: Path) -> Json:
+    """The content of report.json from the output folder `root`; see the module's docstring for what is left out."""
+    folder = Folder(root)
+    builder = Builder(folder)
+    rehearsal = builder.rehearsal
+    names = folder.names("dataset/*.json", "runs/*/", "promotions/*.json")
+    main = rehearsal.get("main")
+    if not isinstance(main, str) or not main:
+        main = names[0] if names else ""
+        if len(names) > 1:
+            builder.absent["main"] = f"rehearsal.json names no main adapter; {main} is the first of {', '.join(names)}"
+    report: Json = {"main": main} if main else {}
+    absent = builder.absent
+
+    adapters: Json = {}
+    for name in dict.fromkeys([*([main] if main else []), *names]):
+        adapters[name] = {}
+        for section, file in ADAPTER_FILES.items():
+            path = section if name == main else f"adapters.{name}.{section}"
+            leave = ("samples",) if section == "evaluation" else ()
+            found = builder.section(path, file.format(name), section, name, leave)
+            if found is not None:
+                adapters[name][section] = found
+        evaluation, promotion = (
+            adapters[name].get("evaluation", {}),
+            "promotion" if name == main else f"adapters.{name}.promotion",
+        )
+        if evaluation.get("passed") is False and promotion in absent:
+            absent[promotion] = (
+                f"the gate was not passed, so nothing is promoted: {evaluation.get('verdict', '')}".rstrip(": ")
+            )
+    if main:
+        report |= adapters[main]
+    else:
+        absent |= dict.fromkeys(ADAPTER_FILES, "no adapter: neither dataset/, runs/ nor promotions/ has a file")
+    report["adapters"] = adapters
+
+    scenarios = folder.names("stress/*/")
+    chosen = MAIN_SCENARIO if MAIN_SCENARIO in scenarios or not scenarios else scenarios[0]
+    stress = builder.section("stress", f"stress/{chosen}/summary.json", "stress")
+    if stress is not None:
+        report["stress"] = {"scenario": chosen, **stress}
+    for name in scenarios:
+        if name != chosen:
+            more = builder.section(f"scenarios.{name}", f"stress/{name}/summary.json", "stress")
+            if more is not None:
+                report.setdefault("scenarios", {})[name] = more
+
+    report["drills"] = {}
+    for name in DRILLS:
+        drill = builder.section(f"drills.{name}", f"drills/{name.replace('_', '-')}.json", f"drills.{name}")
+        if drill is not None:
+            if name in BOUNDS:
+                measured, limit, text = BOUNDS[name]
+                if measured in drill and number(drill[measured]):
+                    held = bool(drill[measured] <= limit)
+                    drill["bound"] = {"figure": measured, "at_most": limit, "text": text, "held": held}
+            report["drills"][name] = drill
+
+    versions = _versions(rehearsal, *adapters.get(main, {}).values(), report.get("stress", {}))
+    if versions:
+        report["versions"] = versions
+    else:
+        absent["versions"] = "no part has written its versions"
+    for key in ("machine", "started_at", "finished_at"):
+        if rehearsal.get(key) is not None:
+            report |= builder._clean({key: rehearsal[key]}, "rehearsal", "rehearsal.json")
+    if builder.stages:
+        report["stages"] = builder._clean(builder.stages, "stages", "rehearsal.json")
+    report["verdict"] = _verdict(report, builder)
+    report["absent"] = dict(sorted(absent.items()))
+    return report
+
+
+def _versions(*sources: Json) -> Json:
+    found: Json = {}
+    for source in sources:
+        part = source.get("versions")
+        if isinstance(part, dict):
+            found |= {str(key): str(value) for key, value in part.items() if value is not None and key not in found}
+    return dict(sorted(found.items()))
+
+
+def _verdict(report: Json, builder: Builder) -> Json:
+    """`{status, headline, text, notes}`; status is promoted, gate_failed, stopped or incomplete."""
+    name, stop = report.get("main", "the adapter"), builder.stopped()
+    evaluation, promotion = report.get("evaluation", {}), report.get("promotion")
+    notes = [told(stop)] if stop and stop.get("status") != "gate_failed" else []
+    nothing = not any("promotion" in parts for parts in report["adapters"].values())
+    for other, parts in report["adapters"].items():
+        if other != report.get("main") and get(parts, "evaluation.passed") is False:
+            notes.append(f"{other} did not pass its gate and is not served: {get(parts, 'evaluation.verdict')}")
+    for drill, values in report["drills"].items():
+        if values.get("failure"):
+            notes.append(f"drill {drill.replace('_', ' ')}: {values['failure']}")
+        if get(values, "bound.held") is False:
+            notes.append(f"drill {drill.replace('_', ' ')} is outside its bound: {get(values, 'bound.text')}")
+    if evaluation.get("passed") is False:
+        text = str(evaluation.get("verdict") or "the interval of the gain is not above the gate's minimum")
+        headline = f"{name} did not pass the gate" + ("; nothing was promoted" if nothing else " and is not promoted")
+        return {"status": "gate_failed", "headline": headline, "text": text, "notes": notes}
+    if promotion:
+        headline = f"{name} beat its base and is promoted" if evaluation.get("passed") else f"{name} is promoted"
+        headline += f"; the run stopped later, in stage {stop.get('name')}" if stop else ""
+        return {"status": "promoted", "headline": headline, "text": str(evaluation.get("verdict", "")), "notes": notes}
+    if stop:
+        return {
+            "status": "stopped",
+            "headline": f"Stopped in stage {stop.get('name')}"
+            + ("; nothing was promoted" if nothing else f"; {name} is not promoted"),
+            "text": told(stop),
+            "notes": [note for note in notes if note != told(stop)],
+        }
+    return {
+        "status": "incomplete",
+        "headline": f"{name} is not promoted: the chain is not complete",
+        "text": builder.absent.get("promotion", ""),
+        "notes": notes,
+    }
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: Any) -> str:
+    """Seconds for people: `0.42 s`, `12.3 s`, `3 min 05 s`, `2 h 07 min`; a dash for what is no number."""
+    if not number(seconds):
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def figure(value: Any) -> str:
+    """A number for people: about three significant digits, thousands apart; a dash for what is no number."""
+    if not number(value):
+        return "–"
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def fixed(value: Any, form: str) -> str:
+    """`value` in the printf form `form`; a dash for what is no number."""
+    return form % value if number(value) else "–"
+
+
+def pairs(value: Any) -> list[tuple[str, Any]]:
+    """The items of a mapping; none of anything else."""
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def listed(value: Any) -> str:
+    """A text as it is, a list with commas."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
+
+
+def clip(text: Any, limit: int = 2000) -> str:
+    """A text of a dataset or model for the page: the first `limit` characters, and how many there are."""
+    if not isinstance(text, str):
+        return "–"
+    return text if len(text) <= limit else f"{text[:limit]} […] ({len(text):,} characters)"
+
+
+def episodes(folder: Folder, report: Json) -> list[Any]:
+    """The loads and drills with their requests, in the order of time."""
+    from stress.plots import Episode, Sent
+
+    found = []
+    files: list[tuple[str, str, Json]] = [
+        (name, f"stress/{name}/requests.jsonl", {}) for name in folder.names("stress/*/")
+    ]
+    files += [(n, f"drills/{n.replace('_', '-')}.requests.jsonl", report["drills"].get(n, {})) for n in DRILLS]
+    for name, file, drill in files:
+        sent = []
+        for row in folder.lines(file):
+            start, took, ttft = row.get("started_at"), row.get("latency_ms"), row.get("ttft_ms")
+            if number(start):
+                end = start + (took / 1000 if number(took) else 0.0)
+                sent.append(Sent(start, end, ttft if number(ttft) else None, row.get("error") is not None))
+        # beginning and end of a load are the edges of its plot
+        events = [
+            (event["at"], str(event.get("name")))
+            for event in (drill["events"] if isinstance(drill.get("events"), list) else [])
+            if isinstance(event, dict)
+            and number(event.get("at"))
+            and event.get("name") not in ("load started", "load ended")
+        ]
+        if sent:
+            found.append(Episode(name, sent, events))
+    return sorted(found, key=lambda episode: episode.start)
+
+
+def _scores(evaluation: Json) -> tuple[list[Any], float]:
+    """What `plots.evaluation` draws: the deciding metric first; metrics without an interval are left out."""
+    from stress.plots import Score
+
+    found = []
+    metrics = [(evaluation.get("metric"), evaluation), *pairs(evaluation.get("also"))]
+    for position, (name, values) in enumerate(metrics):
+        if not isinstance(values, dict):
+            continue
+        interval = values.get("gain_ci95") or values.get("gain_ci")
+        if (
+            name
+            and all(number(values.get(key)) for key in ("base", "adapter"))
+            and isinstance(interval, list)
+            and _fits(interval, "interval")
+        ):
+            minimum = evaluation.get("min_gain") if position == 0 and number(evaluation.get("min_gain")) else None
+            gain = values["gain"] if number(values.get("gain")) else values["adapter"] - values["base"]
+            found.append(Score(str(name), values["base"], values["adapter"], gain, tuple(interval), minimum))
+    confidence = evaluation.get("confidence")
+    return found, confidence if isinstance(confidence, float) else 0.95
+
+
+def render(root: Path, report: Json) -> str:
+    """The self-contained page for `report`, with plots and examples from the files in `root`."""
+    import jinja2
+    from markupsafe import Markup
+
+    from stress import plots
+
+    folder = Folder(root)
+    drawn: dict[str, str] = {}
+    main = report.get("main", "")
+    steps = [
+        row
+        for row in folder.lines(f"runs/{main}/events.jsonl")
+        if all(number(row.get(key)) for key in ("step", "loss", "tokens_per_second"))
+    ]
+    if main and steps:
+        drawn |= {"loss": plots.loss(steps), "speed": plots.speed(steps)}
+    scores, confidence = _scores(report.get("evaluation", {}))
+    if scores:
+        drawn |= {"score": plots.scores(scores), "gain": plots.gain(scores, confidence)}
+    shown = episodes(folder, report)
+    if shown:
+        drawn["timeline"] = plots.timeline(shown)
+    series: dict[str, list[float]] = {"time to first token": [], "whole answer": []}
+    if "stress" in report:
+        start, end = (get(report, f"stress.window.{edge}") for edge in ("started_at", "ended_at"))
+        start, end = start if number(start) else 0.0, end if number(end) else math.inf
+        for row in folder.lines(f"stress/{report['stress']['scenario']}/requests.jsonl"):
+            if row.get("error") is None and number(row.get("started_at")) and start <= row["started_at"] <= end:
+                for key, name in (("ttft_ms", "time to first token"), ("latency_ms", "whole answer")):
+                    if number(row.get(key)):
+                        series[name].append(row[key])
+    series = {name: values for name, values in series.items() if values}
+    if series:
+        drawn["latency"] = plots.latency(series)
+    outage = get(report, "drills.outage.phases")
+    if outage:
+        drawn["phases"] = plots.phases(outage)
+
+    samples: dict[str, list[Json]] = {}
+    for name in report["adapters"]:
+        evaluation, _ = folder.json(ADAPTER_FILES["evaluation"].format(name))
+        rows = (evaluation or {}).get("samples")
+        if isinstance(rows, list) and rows:
+            samples[name] = [row for row in rows if isinstance(row, dict)]
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.ChainableUndefined,
+    )
+    environment.filters |= {f.__name__: f for f in (duration, figure, fixed, pairs, listed, clip)}
+    environment.filters["percent"] = lambda value: fixed(100 * value, "%.1f")
+    environment.filters["clock"] = lambda at: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+    environment.tests["figure"] = number
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        main=main,
+        # SVG made by matplotlib here, which escapes every text in it
+        plots={name: Markup(svg) for name, svg in drawn.items()},
+        marks=[(episode.name, plots.marks(episode)) for episode in shown],
+        samples=samples,
+        drills=DRILLS,
+        good=GOOD,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`report OUT`: write report.json and report.html there; the exit code is about the writing, not the verdict."""
+    parser = argparse.ArgumentParser("python -m stress report", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("out", type=Path, help="the chain's output folder")
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
+    if not out.is_dir():
+        print(f"report: {out}: no such folder; give the one that the chain wrote into", file=sys.stderr)
+        return exits.INPUT
+    report = build(out)
+    write_json(out / "report.json", report)
+    write_atomic(out / "report.html", render(out, report))
+    print(f"{report['verdict']['headline']}\n{out / 'report.json'}\n{out / 'report.html'}")
+    if report["absent"]:
+        print(f"{len(report['absent'])} figures are absent; the report says why", file=sys.stderr)
+    return exits.OK

@@ -1,0 +1,129 @@
+"""Figures against values computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stress import figures
+from stress.drills import phases, ratio, spread
+
+
+def row(started_at: float, **values: Any) -> dict[str, Any]:
+    base = {
+        "started_at": started_at,
+        "model": "kubectl",
+        "stream": True,
+        "prompt": "normal",
+        "prompt_tokens": 100,
+        "completion_tokens": 10,
+        "ttft_ms": 50.0,
+        "itl_ms": [10.0, 20.0],
+        "latency_ms": 500.0,
+        "status": 200,
+        "error": None,
+    }
+    return base | values
+
+
+@pytest.mark.parametrize(
+    ("values", "p", "expected"),
+    [
+        ([1, 2, 3, 4], 50, 2.5),
+        ([4, 1, 3, 2], 95, 3.85),  # rank 0.95 * 3 = 2.85: 3 + 0.85 * (4 - 3)
+        ([10, 20, 30, 40, 50], 95, 48.0),  # rank 3.8
+        ([7], 95, 7),
+        ([1, 2], 0, 1),
+        ([1, 2], 100, 2),
+    ],
+)
+def test_percentile_interpolates_linearly(values: list[float], p: float, expected: float) -> None:
+    assert figures.percentile(values, p) == pytest.approx(expected)
+
+
+def test_percentile_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not zero"):
+        figures.percentile([], 50)
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        figures.percentile([1], 101)
+
+
+def test_summary_by_hand() -> None:
+    rows = [
+        row(100.0, ttft_ms=999.0),  # in the ramp, ends in the ramp: counted, not measured
+        row(109.8, ttft_ms=888.0),  # started in the ramp, ended (110.3) in the window: only in the rates
+        row(111.0, ttft_ms=10.0, latency_ms=1000.0, completion_tokens=20, itl_ms=[5.0]),
+        row(112.0, ttft_ms=30.0, latency_ms=2000.0, completion_tokens=10, itl_ms=[15.0], prompt_tokens=300),
+        row(119.9, ttft_ms=50.0, latency_ms=400.0, completion_tokens=8, itl_ms=[25.0]),  # ends after the window
+        row(113.0, stream=False, ttft_ms=None, itl_ms=[], latency_ms=800.0, completion_tokens=8),
+        row(114.0, error="status 503", status=503, ttft_ms=None, itl_ms=[], latency_ms=3.0),
+        row(105.0, error="status 503", status=503, ttft_ms=None, itl_ms=[], latency_ms=3.0),
+        row(115.0, error="timeout", ttft_ms=77.0, itl_ms=[], latency_ms=9999.0),
+    ]
+    found = figures.summary(iter(rows), (110.0, 120.0))
+    assert (found["requests"], found["failed"]) == (9, 3)
+    assert found["failures_by_reason"] == {"status 503": 2, "timeout": 1}
+    assert found["measured_requests"] == 4
+    assert found["window_seconds"] == 10.0
+    assert found["rps"] == 0.4  # 109.8, 111, 112, 113 ended inside
+    assert found["output_tokens_per_second"] == pytest.approx((10 + 20 + 10 + 8) / 10)
+    assert found["ttft_ms"] == {"p50": 30.0, "p95": 48.0}  # of 10, 30, 50
+    assert found["itl_ms"] == {"p50": 15.0, "p95": 24.0}
+    assert found["latency_ms"]["p50"] == 900.0  # of 400, 800, 1000, 2000
+    assert found["tokens_per_second"]["p50"] == pytest.approx(15.0)  # of 5, 10, 20, 20
+    assert found["prompt_tokens"] == {"p50": 100.0}
+    assert found["absent"] == {"ttft_ms.p99": "needs 100 streamed requests, has 3"}
+
+
+def test_p99_comes_with_a_hundred_requests() -> None:
+    found = figures.summary([row(float(n), ttft_ms=float(n)) for n in range(101)])
+    assert found["ttft_ms"]["p99"] == 99.0
+    assert found["absent"] == {}
+
+
+def test_missing_figures_are_absent_with_a_reason() -> None:
+    found = figures.summary([], (0.0, 10.0))
+    assert found["requests"] == 0
+    assert "rps" not in found and "ttft_ms" not in found and "tokens_per_second" not in found
+    assert found["absent"]["ttft_ms"] == "no requests were sent"
+
+    failed = figures.summary([row(1.0, error="connection refused", latency_ms=1.0)], (0.0, 10.0))
+    assert failed["failed"] == 1
+    assert "rps" not in failed
+    assert failed["absent"]["rps"] == "no request succeeded inside the measured window"
+
+    whole = figures.summary([row(1.0, stream=False, ttft_ms=None, itl_ms=[], completion_tokens=None)], (0.0, 10.0))
+    assert whole["rps"] == 0.1
+    assert whole["absent"]["ttft_ms"] == "no streaming request succeeded"
+    assert whole["absent"]["itl_ms"] == "no streaming request succeeded"
+    assert "usage" in whole["absent"]["tokens_per_second"]
+    assert "usage" in whole["absent"]["output_tokens_per_second"]
+
+
+def test_a_run_that_ended_in_its_ramp_has_no_rates() -> None:
+    found = figures.summary([row(1.0)], (5.0, 5.0))
+    assert (found["requests"], found["failed"]) == (1, 0)
+    assert found["absent"]["rps"] == found["absent"]["output_tokens_per_second"] == "the run ended before its ramp did"
+    assert "ttft_ms" in found["absent"]
+
+
+def test_spread_and_ratio_need_data() -> None:
+    before, lost = spread([row(0, ttft_ms=10.0), row(1, ttft_ms=10.0)]), spread([row(2, ttft_ms=25.0)])
+    assert before == {"p50": 10.0, "p95": 10.0, "requests": 2}
+    assert ratio(lost, before) == 2.5
+    assert spread([row(0, error="timeout")]) is None
+    assert ratio(None, before) is None
+
+
+def test_phases_sum_to_the_recovery() -> None:
+    milestones: dict[str, list[float | None]] = {
+        "restart": [101.0, 103.0],
+        "engine": [112.0, 110.0],
+        "adapters": [115.0, None],
+    }
+    assert phases(100.0, 116.5, milestones) == {"restart": 1.0, "engine": 9.0, "adapters": 5.0, "routed": 1.5}
+    # the token came before any replica said that it was ready
+    early = phases(100.0, 114.0, milestones)
+    assert early == {"restart": 1.0, "engine": 9.0, "adapters": 4.0, "routed": 0.0}
+    assert sum(early.values()) == pytest.approx(14.0)

@@ -1,0 +1,88 @@
+"""The load's settings: defaults, texts of errors, and what importing them costs; the command line's refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from common.settings import explain
+from stress.__main__ import SCALARS, main
+from stress.client import is_loopback
+from stress.spec import LoadSpec
+from tests.unit.test_stress_fake import ROOT, write_dataset
+
+
+def problems(**values: object) -> str:
+    with pytest.raises(ValidationError) as caught:
+        LoadSpec.model_validate(values)
+    return "\n".join(explain(caught.value, LoadSpec))
+
+
+def test_models_as_list_or_weights() -> None:
+    assert LoadSpec.model_validate({"models": ["kubectl", "triage"]}).models == {"kubectl": 1.0, "triage": 1.0}
+    assert LoadSpec.model_validate({"models": {"kubectl": 3}}).models == {"kubectl": 3.0}
+    assert LoadSpec.model_validate({"models": "kubectl"}).models == {"kubectl": 1.0}
+
+
+def test_all_problems_are_told_with_value_and_limit() -> None:
+    told = problems(models=["a"], users=0, stream_share=2, prompt_token=10)
+    assert "users: should be greater than or equal to 1, found 0" in told
+    assert "stream_share: should be less than or equal to 1, found 2" in told
+    assert "did you mean prompt_tokens?" in told
+    assert "models: required, but absent" in problems()
+    assert "names an alias twice" in problems(models=["a", "a"])
+    assert "empty name" in problems(models=[" "])
+    assert "raise max_requests to 8" in problems(models=["a"], users=8, max_requests=3)
+
+
+def test_every_setting_is_described_and_on_the_command_line() -> None:
+    assert all(field.description for field in LoadSpec.model_fields.values())
+    assert set(SCALARS) | {"models"} == set(LoadSpec.model_fields)
+
+
+def test_the_spec_imports_neither_locust_nor_gevent() -> None:
+    code = "import sys, stress.spec, stress.drills, stress.__main__; print({'locust', 'gevent'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_loopback() -> None:
+    assert is_loopback("http://127.0.0.1:8000") and is_loopback("http://localhost/v1") and is_loopback("http://[::1]:1")
+    assert not is_loopback("http://192.0.2.7:8000")  # TEST-NET-1
+    with pytest.raises(ValueError, match="not a URL"):
+        is_loopback("127.0.0.1:8000")
+
+
+def test_a_remote_target_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data.jsonl")
+    common = ["--dataset", str(data), "--out", str(tmp_path), "--models", "a"]
+    assert main(["run", "--target", "http://192.0.2.7:8000", *common]) == 2
+    assert "--allow-remote" in capsys.readouterr().err
+    fleet = {
+        "router": "http://192.0.2.7:8000",
+        "replicas": [{"name": "replica-0", "url": "http://192.0.2.7:1", "pid": 4, "started_at": 0}],
+    }
+    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    assert main(["drill", "outage", *common]) == 2
+    assert "192.0.2.7" in capsys.readouterr().err
+
+
+def test_settings_file_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data.jsonl")
+    settings = tmp_path / "load.yaml"
+    settings.write_text("users: 3\nmodels: {kubectl: 1}\nmax_token: 5\n")
+    arguments = ["run", "--target", "http://127.0.0.1:9", "--dataset", str(data), "--out", str(tmp_path)]
+    assert main([*arguments, "--settings", str(settings)]) == 2
+    assert "load.yaml:3: max_token: unknown setting; did you mean max_tokens?" in capsys.readouterr().err
+    assert main([*arguments, "--models", "a", "--users", "0"]) == 2
+    assert "users" in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "x", "output": "y"}\n{"instruction": 1\n[]\n')
+    arguments[4] = str(tmp_path / "bad.jsonl")
+    assert main([*arguments, "--models", "a"]) == 2
+    told = capsys.readouterr().err
+    assert "bad.jsonl:2:" in told and "bad.jsonl:3:" in told
