@@ -17,14 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from safetensors import SafetensorError, safe_open
 
 from artifacts.store import TITLE, Artifact, NotFound, Store, StoreError
+from common.lora import ADAPTER_NAME, MAX_LORA_RANK, vllm_lora_rank
 
 CARD_TYPE = "application/vnd.drydock.adapter.v1+json"
 PROMOTED = "promoted"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 REPORT_FILES = ("tuning.json", "evaluation.json", "canaries.json", "README.md")
 
-# vllm/config/lora.py MaxLoRARanks: the values that --max-lora-rank accepts (vLLM 0.32).
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # vllm/lora/peft_helper.py (0.32): inits that leave the base weights as they are.
 VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FEATURES = {  # PEFT setting -> how to tune without it
@@ -37,7 +36,6 @@ _FEATURES = {  # PEFT setting -> how to tune without it
     "modules_to_save": "tune with modules_to_save=None; name such modules in target_modules",
     "trainable_token_indices": "tune without trainable_token_indices",
 }
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?"
 )
@@ -105,7 +103,7 @@ class FetchedAdapter:
 
 def check_name(name: str) -> str:
     """`name` itself. Raises `ValueError` unless it can name a repository, a volume and a model alias."""
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(ADAPTER_NAME, name):
         raise ValueError(
             f"adapter name {name!r}: expected 1 to 40 of a-z, 0-9 and '-', first and last a letter or digit"
         )
@@ -135,9 +133,7 @@ def publish_adapter(store: Store, name: str, folder: Path, card: AdapterCard, re
     if problems:
         raise AdapterError(problems)
     rank = _largest_rank(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    card = card.model_copy(
-        update={"lora_rank": rank, "vllm_max_lora_rank": next(size for size in VLLM_RANKS if size >= rank)}
-    )
+    card = card.model_copy(update={"lora_rank": rank, "vllm_max_lora_rank": vllm_lora_rank(rank)})
     files = {title: folder / title for title in (CONFIG_FILE, WEIGHTS_FILE)}
     for title in REPORT_FILES:
         for place in (reports, folder):
@@ -248,8 +244,8 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         **{f"rank_pattern.{k}": v for k, v in (config.get("rank_pattern") or {}).items()},
     }
     for key, rank in ranks.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= VLLM_RANKS[-1]:
-            problems.append(f"{key} is {rank!r}; vLLM takes a rank from 1 to {VLLM_RANKS[-1]}: tune with such a lora_r")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_LORA_RANK:
+            problems.append(f"{key} is {rank!r}; vLLM takes a rank from 1 to {MAX_LORA_RANK}: tune with such a lora_r")
     if (bias := config.get("bias", "none")) != "none":
         problems.append(f"bias is {bias!r}; vLLM serves no adapter bias: tune with bias='none'")
     init = config.get("init_lora_weights", True)

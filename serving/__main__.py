@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from common import exits
 from common.settings import SettingsError, load_settings
+from serving.client import EngineError
 from serving.spec import ServingSpec
 
 EPILOG = """
@@ -74,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)
         return exits.INPUT
+    except (EngineError, httpx.HTTPError) as error:
+        print(f"vLLM failed: {error}", file=sys.stderr)
+        return exits.FAILED
     except KeyboardInterrupt:
         return exits.INTERRUPTED
 
@@ -161,12 +167,13 @@ def _server(spec: ServingSpec, runs: list, port: int, log: Path) -> Iterator[str
         )
         try:
             logging.info("starting vLLM for the evaluation (log: %s)", log)
-            seconds = wait_until_ok(f"{url}/health", timeout_seconds=1800, alive=lambda: process.poll() is None)
+            try:
+                seconds = wait_until_ok(f"{url}/health", timeout_seconds=1800, alive=lambda: process.poll() is None)
+            except RuntimeError as error:
+                tail = log.read_text(errors="replace").splitlines()[-15:]
+                raise SettingsError([f"vLLM did not start: {error}; the end of {log}:", *tail]) from error
             logging.info("vLLM is ready after %.0f s", seconds)
             yield url
-        except RuntimeError as error:
-            tail = log.read_text(errors="replace").splitlines()[-15:]
-            raise SettingsError([f"vLLM did not start: {error}; the end of {log}:", *tail]) from error
         finally:
             # The whole group: vLLM's engine processes must not outlive their server.
             os.killpg(process.pid, signal.SIGKILL)

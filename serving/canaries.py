@@ -8,7 +8,6 @@ loaded the adapter must reproduce it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serving.client import Answer, Engine
 
 COUNT = 4
+TOKENS = 16  # of an answer: enough to tell, few enough to be asked in a second
 # Mean difference in nats that rounding may cause: fp32 kernels differ by about 1e-5, bf16 ones by about 1e-2.
 TOLERANCE = 0.05
 # How many tolerances apart adapter and base must be on a canary for it to tell them apart.
@@ -57,16 +57,16 @@ def record(engine: Engine, adapter: str, base: str, answers: Sequence[Answer]) -
     None when not one tells them apart: then no replica could prove which of the two it serves.
     """
 
-    def measure(answer: Answer) -> Canary:
-        adapter_says, base_says = (
-            engine.log_probabilities(model, answer.token_ids, answer.prompt_length) for model in (adapter, base)
-        )
-        return Canary(
-            token_ids=answer.token_ids, prompt_length=answer.prompt_length, adapter=adapter_says, base=base_says
-        )
-
-    with ThreadPoolExecutor(COUNT) as pool:
-        measured = list(pool.map(measure, [a for a in answers if len(a.token_ids) > a.prompt_length]))
+    measured = []
+    for answer in answers:
+        token_ids = answer.token_ids[: answer.prompt_length + TOKENS]
+        if len(token_ids) > answer.prompt_length:
+            adapter_says, base_says = (
+                engine.log_probabilities(model, token_ids, answer.prompt_length) for model in (adapter, base)
+            )
+            measured.append(
+                Canary(token_ids=token_ids, prompt_length=answer.prompt_length, adapter=adapter_says, base=base_says)
+            )
     telling = sorted((c for c in measured if c.contrast >= CONTRAST * TOLERANCE), key=lambda c: -c.contrast)
     return Canaries(tolerance=TOLERANCE, canaries=telling[:COUNT]) if telling else None
 

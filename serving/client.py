@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -65,17 +66,25 @@ class Engine:
         """Natural log-probability that `model` gives each token after the first `prompt_length`.
 
         The tokens are given, not generated, so that two servers are asked the very same question even where rounding
-        would tip a greedy choice; vLLM bypasses its prefix cache for such requests.
+        would tip a greedy choice: one request a token, which allows that token alone; vLLM reports its probability
+        from before that restriction (logprobs mode raw_logprobs, the default). `prompt_logprobs` would be one request,
+        but vLLM 0.32 dies of it when a LoRA server has others in the batch (see `serving.middleware`).
         """
-        body = {
-            "model": model,
-            "prompt": list(token_ids),
-            "temperature": 0,
-            "max_tokens": 1,
-            "prompt_logprobs": 0,  # of the given tokens alone
-        }
-        told = self._post("/v1/completions", body).json()["choices"][0]["prompt_logprobs"]
-        return [float(told[i][str(token_ids[i])]["logprob"]) for i in range(prompt_length, len(token_ids))]
+
+        def one(position: int) -> float:
+            body = {
+                "model": model,
+                "prompt": list(token_ids[:position]),
+                "allowed_token_ids": [token_ids[position]],
+                "temperature": 0,
+                "max_tokens": 1,
+                "logprobs": 0,  # of the token alone
+            }
+            told = self._post("/v1/completions", body).json()["choices"][0]["logprobs"]
+            return float(told["token_logprobs"][0])
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(one, range(prompt_length, len(token_ids))))
 
     def models(self) -> set[str]:
         """Every name that the server itself knows: the base and the versions loaded now."""

@@ -9,7 +9,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from serving.spec import ServingSpec, vllm_lora_rank
+from common.lora import vllm_lora_rank
+from serving.spec import ServingSpec
 
 MIDDLEWARE = "serving.middleware.RequestLayer"
 

@@ -25,6 +25,10 @@ GENERATE = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
 OPEN = GENERATE | {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics")}
 SIDECAR_ONLY = {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")}
 
+# Seen with vLLM 0.32 and --enable-lora: prompt log-probabilities beside another request in the batch end in a shape
+# error in the LoRA logits layer that stops the engine, and with it every request of the replica.
+NO_PROMPT_LOGPROBS = "prompt_logprobs, and echo with logprobs, are not served here; logprobs of the answer are"
+
 
 class RequestLayer:
     """ASGI middleware; vLLM makes one per server process and gives it nothing but the next application."""
@@ -95,6 +99,8 @@ class RequestLayer:
             return await _error(send, 400, f"the request body is not JSON: {error}", "invalid_json")
         if not isinstance(request, dict) or not isinstance(request.get("model"), str):
             return await _error(send, 400, "the request body needs a string `model`", "missing_model")
+        if request.get("prompt_logprobs") is not None or (request.get("echo") and request.get("logprobs") is not None):
+            return await _error(send, 400, NO_PROMPT_LOGPROBS, "unsupported_parameter")
         current = self.aliases.current()
         names = {alias: loaded_name(alias, served.version) for alias, served in current.aliases.items()}
         model = request["model"]

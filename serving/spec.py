@@ -6,22 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.lora import MAX_LORA_RANK
 from common.settings import Settings
 from training.spec import AdapterName
-
-# The ranks that vLLM accepts for --max-lora-rank (vllm/config/lora.py, 0.32); an adapter's rank is rounded up to one.
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-def vllm_lora_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` that holds an adapter of `rank`. Raises ValueError beyond 512.
-
-    Not more than needed: every adapter is padded to it, which costs memory and decode speed (vLLM PR 22782).
-    """
-    for allowed in VLLM_LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise ValueError(f"rank {rank} is beyond {VLLM_LORA_RANKS[-1]}, the most that vLLM serves")
 
 
 class ServingSpec(Settings):
@@ -36,7 +23,7 @@ class ServingSpec(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Of weights and compute.")
     max_model_len: int = Field(4096, ge=16, description="Context: tokens of prompt and answer together.")
     max_num_seqs: int = Field(64, ge=1, description="Requests computed at once; more wait.")
-    max_lora_rank: int = Field(16, ge=1, le=512, description="Largest rank among the adapters.")
+    max_lora_rank: int = Field(16, ge=1, le=MAX_LORA_RANK, description="Largest rank among the adapters.")
     gpu_memory_utilization: float = Field(0.90, gt=0, lt=1, description="Share of the GPU's memory vLLM may take.")
     cpu_kv_cache_mib: int = Field(256, ge=16, description="KV cache in MiB on device cpu.")
     max_request_kib: int = Field(1024, ge=1, description="Size of a request body beyond which the answer is 413.")

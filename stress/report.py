@@ -421,7 +421,7 @@ def _scores(evaluation: Json) -> tuple[list[Any], float]:
     for position, (name, values) in enumerate(metrics):
         if not isinstance(values, dict):
             continue
-        interval = values.get("gain_ci95") or values.get("gain_ci")
+        interval = values.get("gain_ci95")
         if (
             name
             and all(number(values.get(key)) for key in ("base", "adapter"))

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from common.lora import ADAPTER_NAME, MAX_LORA_RANK
 from common.settings import Settings
 
-AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+AdapterName = Annotated[str, Field(pattern=f"^{ADAPTER_NAME}$")]
 """A name clients put into `model`: lower-case letters, digits and hyphens, at most 40 characters."""
 
 LLAMA_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,7 +37,9 @@ class TuningSpec(Settings):
     num_train_epochs: int = Field(3, ge=1, le=1000, description="Passes over the tuning split.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in one forward pass.")
     gradient_accumulation_steps: int = Field(4, ge=1, description="Forward passes in one optimiser step.")
-    lora_r: int = Field(16, ge=1, le=512, description="Rank of the adapter; 512 is the most that vLLM serves.")
+    lora_r: int = Field(
+        16, ge=1, le=MAX_LORA_RANK, description="Rank of the adapter; 512 is the most that vLLM serves."
+    )
     lora_alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while tuning.")
     lora_target_modules: tuple[str, ...] = Field(

@@ -49,9 +49,9 @@ def tune(spec: TuningSpec, out: Path, *, metrics_address: str | None = None, fre
     """Tune by `spec` into folder `out`; returns the summary that it also writes as `tuning.json`.
 
     `out` gets `spec.json`, `run.json`, `held_out.jsonl`, `events.jsonl`, `checkpoints/`, `adapter/` and at the end
-    `tuning.json`. A finished run of the same settings, data and base is not done again; an unfinished one goes on from
-    its newest whole checkpoint. `fresh` discards both. Raises `SettingsError` for what only a person can mend, `Terminated`
-    after SIGTERM.
+    `tuning.json`. A finished run of the same settings, data and base is not done again; an unfinished one goes on
+    from its newest whole checkpoint. `fresh` discards both. Raises `SettingsError` for what only a
+    person can mend, `Terminated` after SIGTERM.
     """
     folder = base_folder(spec.base_model)
     revision = base_revision(folder)

@@ -1,0 +1,102 @@
+"""Command line of the rehearsal: `make rehearse` calls it."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from common import exits
+from common.settings import SettingsError
+from rehearsal.chain import Chain, StageFailed, default_specs
+from rehearsal.processes import Processes
+from stress import report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chain, write the report, and leave no process behind. Exit 0: promoted, served, stressed, drilled."""
+    parser = argparse.ArgumentParser("python -m rehearsal", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="output folder [%(default)s]")
+    parser.add_argument(
+        "--adapter", type=Path, action="append", metavar="SPEC",
+        help="tuning settings of an adapter to rehearse, may be repeated; the first is the report's main one "
+        "[the rehearsal's own two]",
+    )  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="leave the replicas up at the end, until Ctrl-C")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"another rehearsal is writing to {arguments.out}; wait for it, or choose another --out",
+                file=sys.stderr,
+            )
+            return exits.INPUT
+        with Processes() as processes:
+            chain = Chain(arguments.adapter or list(default_specs()), arguments.out, processes)
+            return _rehearse(chain, keep=arguments.keep)
+
+
+def _rehearse(chain: Chain, *, keep: bool) -> int:
+    started = time.monotonic()
+    code, message = exits.OK, ""
+    try:
+        chain.run()
+    except SettingsError as error:  # nothing ran: there is nothing to report
+        print(error, file=sys.stderr)
+        return exits.INPUT
+    except StageFailed as error:
+        code, message = error.code, str(error)
+    except (RuntimeError, TimeoutError, OSError) as error:
+        code, message = exits.FAILED, str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: stopping every process (the next run resumes the tuning)", file=sys.stderr)
+        return exits.INTERRUPTED
+    chain.save()
+    if written := report.main([str(chain.out)]):
+        return code or int(written)
+    minutes = (time.monotonic() - started) / 60
+    if code:
+        print(f"\nREHEARSAL STOPPED after {minutes:.1f} min: {message}", file=sys.stderr)
+    else:
+        print(f"\nREHEARSAL PASSED in {minutes:.1f} min", file=sys.stderr)
+    print(f"report: {chain.out / 'report.html'}  figures: {chain.out / 'report.json'}", file=sys.stderr)
+    if keep and chain.fleet and not code:
+        _keep(chain)
+    if chain.fleet:
+        chain.fleet.stop()
+    return code
+
+
+def _keep(chain: Chain) -> None:
+    assert chain.fleet
+    print(
+        f"""\nThe replicas stay up until Ctrl-C. Try:
+  curl {chain.fleet.router}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{chain.tuning[0].adapter}", "messages": [{{"role": "user", "content": "restart maps in prod"}}]}}'""",
+        file=sys.stderr,
+    )
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

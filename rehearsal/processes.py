@@ -1,0 +1,147 @@
+"""Processes of a rehearsal: each in a session of its own, none left behind whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL: enough for a tuning step and its checkpoint
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LIBC = ctypes.CDLL(None)  # looked up here: between fork and exec, little may be done
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when the rehearsal itself is killed outright and can clean nothing up."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Processes:
+    """Starts processes and ends them all; use as a context manager."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_all()
+
+    def start(
+        self, command: Sequence[str], *, log: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start `command` in its own session; its output is added to `log`, or shown where there is none."""
+        output = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
+        try:
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the rehearsal is ending")
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=os.environ | dict(environment or {}),
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
+                self._running.append(process)
+                return process
+        finally:
+            if output is not None:
+                output.close()
+
+    def run(self, command: Sequence[str], *, stdout: Path | None = None) -> int:
+        """Run `command` to its end and return its exit code; its standard output goes to `stdout` if given."""
+        with self._lock:
+            output = stdout.open("wb") if stdout else None
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True, preexec_fn=_die_with_parent
+            )
+            self._running.append(process)
+        try:
+            return process.wait()
+        finally:
+            if output is not None:
+                output.close()
+            if process.poll() is not None:
+                self._forget(process)
+
+    def _forget(self, process: subprocess.Popen[bytes]) -> None:
+        _signal_group(process, signal.SIGKILL)  # what it may have left in its group
+        with self._lock:
+            if process in self._running:
+                self._running.remove(process)
+
+    def stop_all(self) -> None:
+        """SIGTERM to all groups, and SIGKILL to those that are not gone after `STOP_SECONDS`."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of them running
+        with self._lock:
+            self._closed = True
+            running, self._running = self._running, []
+        for process in running:
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the whole group is gone
+        os.killpg(process.pid, number)
+
+
+class MemoryWatch(threading.Thread):
+    """Keeps the peak of the bytes that this process and all below it hold; shared pages count once (PSS)."""
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._seconds = seconds
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while True:
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.Error, OSError):
+                    continue  # ended meanwhile
+            self.peak_bytes = max(self.peak_bytes, total)
+            time.sleep(self._seconds)
+
+
+def python(module: str, *arguments: str | Path) -> list[str]:
+    """The command that runs `python -m module` with this interpreter."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def wait_for(condition: Callable[[], bool], timeout_seconds: float, what: str, check: Callable[[], None]) -> float:
+    """Seconds until `condition()`; `check` raises when waiting is pointless. Raises TimeoutError naming `what`."""
+    started = time.monotonic()
+    while not condition():
+        check()
+        if time.monotonic() - started > timeout_seconds:
+            raise TimeoutError(f"{what}: not within {timeout_seconds:.0f} s")
+        time.sleep(0.1)
+    return time.monotonic() - started

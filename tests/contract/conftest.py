@@ -1,0 +1,150 @@
+"""Real parts, started once and shared: two tuned adapters, one vLLM replica with its sidecar, a folder store."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from common.files import write_json
+from rehearsal.fleet import free_ports
+from serving.client import Engine
+from serving.state import read_token
+from training.__main__ import main as training
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "rehearsal" / "base"
+
+
+def wait_until(condition, seconds: float, what: str) -> float:
+    """Seconds until `condition()` is true; fails the test when it takes longer than `seconds`."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def tune(folder: Path, name: str, **settings: object) -> Path:
+    """Tune a short run through the command line and return its folder."""
+    spec = folder / f"{name}.yaml"
+    defaults = {
+        "adapter": name,
+        "base_model": str(BASE),
+        "dataset": str(folder / "rows.jsonl"),
+        "learning_rate": 2e-3,
+        "num_train_epochs": 1,
+        "max_seq_length": 256,
+        "held_out_fraction": 0.2,
+    }
+    write_json(spec, defaults | settings)
+    run = folder / "runs" / name
+    assert training(["tune", "--spec", str(spec), "--out", str(run), "--metrics-address", "off"]) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `rows.jsonl`: the first 600 rows of the rehearsal's main dataset."""
+    folder = tmp_path_factory.mktemp("contract")
+    rows = (ROOT / "rehearsal" / "data" / "kubectl.jsonl").read_text().splitlines()[:600]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def good_run(work: Path) -> Path:
+    """A tuning run that learnt something."""
+    return tune(work, "kubectl", num_train_epochs=2)
+
+
+@pytest.fixture(scope="session")
+def useless_run(work: Path) -> Path:
+    """A tuning run at a learning rate that changes nothing: its adapter is the base."""
+    return tune(work, "useless", learning_rate=1e-9)
+
+
+@dataclass
+class Replica:
+    """A running replica as its neighbours see it."""
+
+    url: str
+    state: Path
+    store: Path
+    spec: Path
+    engine: subprocess.Popen[bytes]
+    sidecar: subprocess.Popen[bytes]
+    logs: Path
+
+    def ready(self) -> dict:
+        return httpx.get(f"{self.url}/ready", timeout=10).json()
+
+    def inside(self) -> Engine:
+        """A client with the sidecar's token."""
+        return Engine(self.url, read_token(self.state))
+
+    def chat(self, model: str, text: str, **more: object) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 48}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, timeout=60)
+
+    def start_engine(self) -> None:
+        command = [sys.executable, "-m", "serving", "engine", "--spec", str(self.spec), "--state", str(self.state)]
+        command += ["--port", self.url.rpartition(":")[2]]
+        with (self.logs / "engine.log").open("ab") as log:
+            self.engine = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
+
+    def wait_ready(self) -> float:
+        def up() -> bool:
+            assert self.engine.poll() is None, (self.logs / "engine.log").read_text()[-3000:]
+            try:
+                return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        return wait_until(up, 240, "replica ready")
+
+
+@pytest.fixture(scope="session")
+def replica(work: Path) -> Iterator[Replica]:
+    """One vLLM with the request layer, and its sidecar, on an empty store."""
+    spec, store, logs = work / "serving.yaml", work / "store", work / "logs"
+    logs.mkdir()
+    settings = {
+        "base_model": str(BASE),
+        "store": str(store),
+        "adapters": ["kubectl", "useless", "second"],
+        "device": "cpu",
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+        "poll_seconds": 0.3,
+        "old_version_seconds": 1,
+        "shutdown_timeout_seconds": 5,
+    }
+    spec.write_text(json.dumps(settings))
+    port = free_ports(1)[0]
+    state = work / "state"
+    command = [sys.executable, "-m", "serving", "sidecar", "--spec", str(spec), "--state", str(state)]
+    command += ["--engine", f"http://127.0.0.1:{port}", "--metrics-address", "off"]
+    with (logs / "sidecar.log").open("ab") as log:
+        sidecar = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
+    running = Replica(f"http://127.0.0.1:{port}", state, store, spec, sidecar, sidecar, logs)
+    try:
+        running.start_engine()
+        running.wait_ready()
+        yield running
+    finally:
+        for process in (running.engine, running.sidecar):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
