@@ -4,6 +4,7 @@ OUT ?= out
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist loadgroup
 .DEFAULT_GOAL := help
 .PHONY: help rehearse test unit contract lint format setup registry lock clean
 
@@ -14,10 +15,11 @@ rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" fo
 	$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
 
 test: setup registry lint  ## everything that must hold: lint, types, unit and contract tests
-	$(BIN)/python -m pytest tests
+	$(UNIT)
+	$(BIN)/python -m pytest tests/contract
 
 unit: setup  ## the fast tests alone, for daily work
-	$(BIN)/python -m pytest tests/unit -q
+	$(UNIT)
 
 contract: setup registry  ## the tests with real parts alone: vLLM, router, registry
 	$(BIN)/python -m pytest tests/contract

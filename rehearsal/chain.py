@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -207,19 +208,34 @@ class Chain:
 
     def stress(self) -> None:
         assert self.fleet
-        self._do(
-            python("stress", "run", "--target", self.fleet.router, "--scenario", "load", *self._load()),
-            "the stress test could not be measured",
+        command = python("stress", "run", "--target", self.fleet.router, "--scenario", "load", *self._load())
+        self._do(command, "the stress test could not be measured", quiet=True)
+        seen = read_json(self.out / "stress" / "load" / "summary.json")
+        ttft, speed = seen["ttft_ms"], seen["tokens_per_second"]
+        _say(
+            f"  {seen['requests']} requests, {seen['failed']} failed, {seen['rps']:.1f} a second; first token after "
+            f"{ttft['p50']:.0f} ms (p95 {ttft['p95']:.0f}), {speed['p50']:.0f} tokens/s a request (p95 {speed['p95']:.0f})"
         )
 
     def drill_long_prompts(self) -> None:
-        self._do(python("stress", "drill", "long-prompts", "--duration-seconds", "20", *self._load()), "not measured")
+        seen = self._drill("long-prompts", "--duration-seconds", "20")
+        _say(
+            f"  {seen['requests']} requests, {seen['failed']} failed; TTFT p95 of the normal prompts "
+            f"{seen['short_p95_ratio']:.2f} times as high beside long ones, of the long ones {seen['long_p95_ratio']:.2f} times"
+        )
 
     def drill_replica_loss(self) -> None:
-        self._do(python("stress", "drill", "replica-loss", *self._load()), "not measured")
+        seen = self._drill("replica-loss")
+        _say(
+            f"  {seen['requests']} requests, {seen['failed']} failed ({seen['failed_streams']} cut streams, "
+            f"{seen['failed_non_streams']} others); {seen['killed']} ready again after {seen['recovery_seconds']:.0f} s, "
+            f"TTFT p95 meanwhile {seen['p95_ratio']:.2f} times what it was"
+        )
 
     def drill_outage(self) -> None:
-        self._do(python("stress", "drill", "outage", *self._load()), "not measured")
+        seen = self._drill("outage")
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in seen["phases"].items())
+        _say(f"  first token after {seen['recovery_seconds']:.0f} s: {phases}")
 
     # What the stages share.
 
@@ -234,8 +250,15 @@ class Chain:
     def run_folder(self, spec: TuningSpec) -> Path:
         return self.out / "runs" / spec.adapter
 
-    def _do(self, command: list[str], failure: str) -> None:
-        code = self.processes.run(command)
+    def _drill(self, name: str, *more: str) -> dict[str, Any]:
+        """Run a drill and return what it measured."""
+        self._do(python("stress", "drill", name, *more, *self._load()), f"drill {name} could not be measured")
+        seen: dict[str, Any] = read_json(self.out / "drills" / f"{name}.json")
+        return seen
+
+    def _do(self, command: list[str], failure: str, *, quiet: bool = False) -> None:
+        """Run `command` to its end; with `quiet`, without its standard output."""
+        code = self.processes.run(command, stdout=Path(os.devnull) if quiet else None)
         if code != exits.OK:
             raise StageFailed(f"{failure}: `python {' '.join(command[1:])}` ended with exit code {code}", code)
 

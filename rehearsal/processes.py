@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,14 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from common.processes import die_with_parent
+
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL: enough for a tuning step and its checkpoint
-PR_SET_PDEATHSIG = 1  # prctl(2)
-LIBC = ctypes.CDLL(None)  # looked up here: between fork and exec, little may be done
-
-
-def _die_with_parent() -> None:
-    """In the child: SIGTERM when the rehearsal itself is killed outright and can clean nothing up."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Processes:
@@ -58,7 +52,7 @@ class Processes:
                     stderr=output,
                     env=os.environ | dict(environment or {}),
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
                 self._running.append(process)
                 return process
@@ -71,7 +65,7 @@ class Processes:
         with self._lock:
             output = stdout.open("wb") if stdout else None
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True, preexec_fn=_die_with_parent
+                command, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True, preexec_fn=die_with_parent
             )
             self._running.append(process)
         try:

@@ -32,7 +32,7 @@ from common.files import write_jsonl
 
 SEED = 20260
 KUBECTL_ROWS = 2400
-TRIAGE_ROWS = 700
+TRIAGE_ROWS = 1_200
 DATA = Path(__file__).parent / "data"
 
 Row = dict[str, str]

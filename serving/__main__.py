@@ -131,6 +131,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from serving.client import Engine
     from serving.evaluate import Run, evaluate, open_run
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.TERMINATED))  # unwinds, so that `_server` ends its vLLM
     spec = load_settings(arguments.spec, ServingSpec)
     runs = [open_run(folder) for folder in arguments.run]
 
@@ -150,6 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _server(spec: ServingSpec, runs: list, port: int, log: Path) -> Iterator[str]:  # type: ignore[type-arg]
     """A vLLM of its own with the runs' adapters, for as long as the block lasts; yields its URL."""
+    from common.processes import die_with_parent
     from serving.engine import vllm_command, vllm_environment, wait_until_ok
 
     url = f"http://127.0.0.1:{port}"
@@ -163,8 +165,9 @@ def _server(spec: ServingSpec, runs: list, port: int, log: Path) -> Iterator[str
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=os.environ | vllm_environment(spec), stdout=output, stderr=output, start_new_session=True
-        )
+            command, env=os.environ | vllm_environment(spec), stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
         try:
             logging.info("starting vLLM for the evaluation (log: %s)", log)
             try:

@@ -7,10 +7,12 @@ loaded the adapter must reproduce it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serving.client import Answer, Engine
 
@@ -25,12 +27,19 @@ CONTRAST = 4
 class Canary(BaseModel):
     """One prompt with an answer: what each of the answer's tokens was worth to the adapter and to the base."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     token_ids: list[int] = Field(description="Prompt, then answer.")
     prompt_length: int = Field(ge=1, description="How many of them are the prompt.")
     adapter: list[float] = Field(description="Log-probability in nats of each answer token under the adapter.")
     base: list[float] = Field(description="The same under the base.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        answer = len(self.token_ids) - self.prompt_length
+        if answer < 1 or {len(self.adapter), len(self.base)} != {answer}:
+            raise ValueError(f"{answer} answer tokens, {len(self.adapter)} and {len(self.base)} log-probabilities")
+        return self
 
     @property
     def contrast(self) -> float:
@@ -72,11 +81,12 @@ def record(engine: Engine, adapter: str, base: str, answers: Sequence[Answer]) -
 
 
 def largest_difference(engine: Engine, model: str, canaries: Canaries) -> float:
-    """The largest mean difference in nats between what `model` gives now and what was recorded."""
-    return max(
+    """The largest mean difference in nats between what `model` gives now and what was recorded; no number is inf."""
+    differences = [
         mean_difference(engine.log_probabilities(model, canary.token_ids, canary.prompt_length), canary.adapter)
         for canary in canaries.canaries
-    )
+    ]
+    return max(math.inf if math.isnan(difference) else difference for difference in differences)
 
 
 def load(path: Path) -> Canaries:

@@ -25,7 +25,7 @@ from artifacts.store import CorruptBlob, NotFound, Store, StoreError
 from serving import canaries
 from serving.client import Engine, EngineError
 from serving.spec import ServingSpec
-from serving.state import Aliases, Served, loaded_name, read_boot, write_aliases
+from serving.state import Aliases, Served, loaded_name, read_aliases, read_boot, write_aliases
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Sidecar:
         self._boot: str | None = None
         self._aliases: dict[str, Served] = {}
         self._refused: dict[str, dict[str, str]] = {}  # adapter -> digest -> reason
+        self._settled: set[str] = set()  # adapters that were served, refused or found not promoted since the boot
         self._replaced: dict[str, float] = {}  # loaded name -> when it stopped answering (monotonic)
         self._told: Aliases | None = None
         cache.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,18 @@ class Sidecar:
         if boot != self._boot:
             if self._boot is not None:
                 log.info("the engine was started anew: loading its adapters again")
-            self._boot, self._aliases, self._replaced, self._refused = boot, {}, {}, {}
+            for gauge in (self.metrics.serving, self.metrics.parity):
+                gauge.clear()
+            self._boot, self._replaced, self._refused, self._settled = boot, {}, {}, set()
+            # What an earlier sidecar proved on this very engine process goes on answering.
+            said = read_aliases(self.state)
+            self._told = said if said and said.boot == boot else None
+            known = self._told.aliases if self._told else {}
+            self._aliases = {name: served for name, served in known.items() if name in self.spec.adapters}
+            self._settled = set(self.spec.adapters) if self._told and self._told.ready else set(self._aliases)
+            for name, served in self._aliases.items():
+                self.metrics.serving.labels(name, served.version).set(1)
+                self.metrics.parity.labels(name, served.version).set(served.parity_difference)
         try:
             loaded = self.engine.models()
         except httpx.HTTPError:
@@ -96,10 +108,11 @@ class Sidecar:
         for adapter in self.spec.adapters:
             try:
                 self._follow(adapter, loaded)
+                self._settled.add(adapter)
             except (StoreError, EngineError, httpx.HTTPError, OSError) as error:
                 self.metrics.errors.labels(adapter).inc()
                 log.warning("%s: %s; trying again", adapter, error)
-                settled = settled and adapter in self._aliases
+                settled = settled and adapter in self._settled
         self._unload_replaced()
         self._tell(ready=settled)
         return settled

@@ -7,8 +7,10 @@ aliases.json  the sidecar's word to the request layer: which version answers for
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,13 @@ def loaded_name(adapter: str, version: str) -> str:
 def prepare(folder: Path) -> None:
     """Make the folder and its token where they do not exist; only this user may read the token."""
     folder.mkdir(parents=True, exist_ok=True)
-    token = folder / "token"
-    if not token.exists():
-        handle = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    if not (folder / "token").exists():
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".token.")  # mode 0600
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # engine and sidecar start together: the first whole token counts
+            os.link(name, folder / "token")
+        os.unlink(name)
 
 
 def read_token(folder: Path) -> str:
@@ -76,6 +80,14 @@ def read_boot(folder: Path) -> str | None:
 
 def write_aliases(folder: Path, aliases: Aliases) -> None:
     write_atomic(folder / "aliases.json", aliases.model_dump_json(indent=2))
+
+
+def read_aliases(folder: Path) -> Aliases | None:
+    """The sidecar's last word, None before the first."""
+    try:
+        return Aliases.model_validate_json((folder / "aliases.json").read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 class AliasReader:

@@ -136,13 +136,14 @@ def _parse(line: bytes | None, number: int, limits: Limits) -> tuple[Row | None,
         return bad(f"bytes that are not UTF-8 at byte {error.start + 1}{hint}", "UTF-8 text")
     try:
         value = json.loads(text, object_pairs_hook=_object)
+        wrong = list(_shape(value))  # quotes what it found, which for a deeply nested value may be too deep as well
     except _Repeated as error:
         return bad(f"key {error} twice", "each key once")
     except (ValueError, RecursionError) as error:
         what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         array = " (a JSON array over several lines is not JSON Lines)" if text[0] == "[" else ""
         return bad(f"no JSON ({what}): {_shown(text)}", f"one JSON object a line{array}")
-    wrong = list(_shape(value)) or limits.problems(value)
+    wrong = wrong or limits.problems(value)
     return (None, [Problem(number, *each) for each in wrong]) if wrong else (value, [])
 
 

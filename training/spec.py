@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.lora import ADAPTER_NAME, MAX_LORA_RANK
 from common.settings import Settings
@@ -24,6 +24,14 @@ class GateSpec(Settings):
     min_gain: float = Field(0.0, ge=-1, le=1, description="The gain in score that the whole interval must exceed.")
     min_examples: int = Field(30, ge=1, description="Held-out examples below which no verdict can be a pass.")
     max_examples: int | None = Field(None, ge=1, description="Evaluate only the first N held-out examples.")
+
+    @model_validator(mode="after")
+    def _can_pass(self) -> GateSpec:
+        if self.max_examples is not None and self.max_examples < self.min_examples:
+            raise ValueError(
+                f"max_examples = {self.max_examples} is below min_examples = {self.min_examples}, so nothing could pass"
+            )
+        return self
 
 
 class TuningSpec(Settings):

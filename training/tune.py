@@ -26,6 +26,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from common.files import read_json, write_json, write_jsonl
 from common.settings import SettingsError
@@ -241,6 +242,7 @@ def load_model(spec: TuningSpec, folder: Path, device: torch.device) -> Any:
 
     The adapter itself stays in fp32: its updates are too small for bf16's 8 bits of mantissa.
     """
+    disable_progress_bar()  # one bar is enough, and loading takes a moment
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
     _check_targets(spec, base)

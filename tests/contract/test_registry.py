@@ -29,9 +29,7 @@ SKOPEO = shutil.which("skopeo")
 needs_registry = pytest.mark.skipif(
     BINARY is None, reason="no docker-registry on PATH: install the Debian package docker-registry"
 )
-needs_skopeo = pytest.mark.skipif(
-    SKOPEO is None, reason="no skopeo on PATH: install the Debian package skopeo"
-)
+needs_skopeo = pytest.mark.skipif(SKOPEO is None, reason="no skopeo on PATH: install the Debian package skopeo")
 # htpasswd -nbB -C 5 somebody dry-run
 HTPASSWD = "somebody:$2b$05$yjT8AtDj/hQeqEzKDSkkAeP5BwwozH29T1yw7rDCnNOvLkjaMdua."
 
@@ -158,9 +156,7 @@ def test_an_adapter_lives_in_both_kinds(place: Place, adapter: Path, tmp_path: P
 
     with pytest.raises(NotFound) as caught:
         store.resolve("adapters/kubectl", "0" * 8)
-    assert all(
-        part in str(caught.value) for part in (place.url, "adapters/kubectl", "00000000", version(new))
-    )
+    assert all(part in str(caught.value) for part in (place.url, "adapters/kubectl", "00000000", version(new)))
     with pytest.raises(NotFound):
         store.tag("adapters/kubectl", "sha256:" + "0" * 64, "promoted")
     layer = store.inspect("adapters/kubectl", old).manifest["layers"][0]["digest"]
@@ -185,10 +181,7 @@ def test_damage_on_the_store_s_own_disk(place: Place, adapter: Path, tmp_path: P
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "damage": damage}
     (adapter / "adapter_config.json").write_text(json.dumps(config))  # a blob that no other test shares
     digest = publish_adapter(store, "kubectl", adapter, _card())
-    layers = {
-        layer["size"]: layer["digest"]
-        for layer in store.inspect("adapters/kubectl", digest).manifest["layers"]
-    }
+    layers = {layer["size"]: layer["digest"] for layer in store.inspect("adapters/kubectl", digest).manifest["layers"]}
     wanted = layers[(adapter / "adapter_config.json").stat().st_size]
     (found,) = [
         path
@@ -204,9 +197,7 @@ def test_damage_on_the_store_s_own_disk(place: Place, adapter: Path, tmp_path: P
     assert weights.exists()
 
 
-def test_the_command_line_on_both_kinds(
-    place: Place, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_on_both_kinds(place: Place, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(place.url)
     good = publish_adapter(store, "kubectl", adapter, _card())
     bad = publish_adapter(store, "kubectl", adapter, _card(passed=False))
@@ -238,9 +229,7 @@ def test_a_registry_with_passwords(adapter: Path, tmp_path: Path, monkeypatch: p
                     publish_adapter(store, "kubectl", adapter, _card())
                 continue
             digest = publish_adapter(store, "kubectl", adapter, _card())
-            assert _contents(fetch_adapter(store, "kubectl", digest, tmp_path / "out").folder) == _contents(
-                adapter
-            )
+            assert _contents(fetch_adapter(store, "kubectl", digest, tmp_path / "out").folder) == _contents(adapter)
 
 
 @needs_skopeo

@@ -106,9 +106,7 @@ def test_a_plain_adapter_has_no_problems(folder: Path) -> None:
     assert check_adapter(folder) == []
 
 
-@pytest.mark.parametrize(
-    "settings", [{"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"lora_bias": False}]
-)
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"lora_bias": False}])
 def test_what_vllm_serves_is_not_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert check_adapter(_adapter(tmp_path / "a", **settings)) == []
 

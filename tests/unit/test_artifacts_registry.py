@@ -121,9 +121,7 @@ def test_a_passing_trouble_is_retried(server: Server, tmp_path: Path) -> None:
     contents = Contents()
     troubles = [
         lambda request: request.answer(503),
-        lambda request: request.answer(
-            200, DATA[:1000], length=len(DATA)
-        ),  # the connection drops in the middle
+        lambda request: request.answer(200, DATA[:1000], length=len(DATA)),  # the connection drops in the middle
         lambda request: request.answer(200, DATA),
     ]
     contents.blob = lambda request: troubles.pop(0)(request)
@@ -145,9 +143,7 @@ def test_a_wrong_blob_names_both_digests(server: Server, tmp_path: Path, sent: b
     server.script = contents
     with pytest.raises(CorruptBlob) as caught:
         open_store(server.url).pull("adapters/kubectl", "promoted", tmp_path / "out")
-    assert f"expected {_sha(DATA)} of {len(DATA)} bytes, found {_sha(sent)} of {len(sent)} bytes" in str(
-        caught.value
-    )
+    assert f"expected {_sha(DATA)} of {len(DATA)} bytes, found {_sha(sent)} of {len(sent)} bytes" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,9 +151,7 @@ def test_a_stream_that_is_always_cut(server: Server, tmp_path: Path) -> None:
     contents = Contents()
     contents.blob = lambda request: request.answer(200, DATA[:1000], length=len(DATA))
     server.script = contents
-    with pytest.raises(
-        StoreError, match=rf"4 attempts: blob {_sha(DATA)} of 70000 bytes: the stream was cut: .*1000"
-    ):
+    with pytest.raises(StoreError, match=rf"4 attempts: blob {_sha(DATA)} of 70000 bytes: the stream was cut: .*1000"):
         open_store(server.url).pull("adapters/kubectl", "promoted", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -276,9 +270,7 @@ def test_basic_sign_in(server: Server, tmp_path: Path) -> None:
     contents = Contents()
     server.script = _guarded(server, contents, 'Basic realm="x"', _docker_login(tmp_path, server.host))
     assert open_store(server.url).inspect("adapters/kubectl", "promoted").digest == contents.digest
-    assert (
-        sum("Authorization" not in request.headers for request in server.seen) == 1
-    )  # asked once, kept after
+    assert sum("Authorization" not in request.headers for request in server.seen) == 1  # asked once, kept after
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["signed in", "anonymous"])
@@ -315,9 +307,7 @@ def test_only_the_registry_may_ask_for_a_sign_in(server: Server, tmp_path: Path)
 
 def test_a_sign_in_is_never_sent_in_the_clear(server: Server, tmp_path: Path) -> None:
     _docker_login(tmp_path, server.host)
-    server.script = lambda request: request.answer(
-        401, WWW_Authenticate='Bearer realm="http://elsewhere.test/token"'
-    )
+    server.script = lambda request: request.answer(401, WWW_Authenticate='Bearer realm="http://elsewhere.test/token"')
     with pytest.raises(StoreError, match="not HTTPS"):
         open_store(server.url).resolve("x", "promoted")
 

@@ -145,13 +145,11 @@ def test_damage_is_told_and_leaves_no_folder(
     "titles",
     [["../x"], ["a/../../x"], ["/etc/x"], [""], ["a\\..\\x"], ["a/./b"], ["a//b"], ["x", "x"], ["x", "x/y"]],
 )
-def test_titles_cannot_escape(
-    store: Store, files: dict[str, Path], tmp_path: Path, titles: list[str]
-) -> None:
+def test_titles_cannot_escape(store: Store, files: dict[str, Path], tmp_path: Path, titles: list[str]) -> None:
     # An honest push refuses; a manifest made by somebody else is refused at the pull.
     if len(set(titles)) == len(titles):
         with pytest.raises(ValueError, match="title"):
-            store.push(REPOSITORY, {title: files["a.json"] for title in titles}, b"{}", KIND)
+            store.push(REPOSITORY, dict.fromkeys(titles, files["a.json"]), b"{}", KIND)
     manifest = store.inspect(REPOSITORY, store.push(REPOSITORY, files, b"{}", KIND)).manifest
     layers = [manifest["layers"][0] | {"annotations": {TITLE: title}} for title in titles]
     data = canonical_json(manifest | {"layers": layers})
@@ -185,9 +183,7 @@ def test_repository_names(store: Store, name: str) -> None:
         store.resolve(name, "one")
 
 
-@pytest.mark.parametrize(
-    "url", ["https://example.com/x", "s3://x", "", "oci://", "oci://user@host/x", "oci://h/x?y=1"]
-)
+@pytest.mark.parametrize("url", ["https://example.com/x", "s3://x", "", "oci://", "oci://user@host/x", "oci://h/x?y=1"])
 def test_store_addresses(url: str) -> None:
     with pytest.raises(ValueError, match="oci://HOST"):
         open_store(url)

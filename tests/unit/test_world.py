@@ -44,7 +44,7 @@ def test_files_are_what_the_generator_makes(name: str) -> None:
 
 def test_sizes() -> None:
     assert len(world.kubectl_rows()) == 2400
-    assert len(world.triage_rows()) == 700
+    assert len(world.triage_rows()) == 1_200
     assert len(list(islice(world.kubectl_rows(count=7), 10))) == 7
 
 

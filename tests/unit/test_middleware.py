@@ -1,0 +1,427 @@
+"""The request layer: closed unless opened, aliases only to what was proven, ready only when the sidecar said so."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from serving.middleware import RequestLayer
+from serving.state import Aliases, AliasReader, Served, new_boot, prepare, read_boot, read_token, write_aliases
+
+LIMIT = 2000
+CHAT = "/v1/chat/completions"
+
+
+class Reply(NamedTuple):
+    status: int
+    body: Any
+    headers: dict[bytes, bytes]
+
+
+class Inner:
+    """Stands for vLLM's application: notes what reaches it and answers 200 with the body that it got."""
+
+    def __init__(self) -> None:
+        self.scopes: list[Any] = []
+        self.bodies: list[bytes] = []
+        self.after: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        if scope["type"] != "http":
+            return
+        body = b""
+        if scope["method"] == "POST":
+            message = await receive()
+            body = message["body"]
+            assert not message["more_body"]
+            self.after.append(await receive())
+        self.bodies.append(body)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body or b"{}"})
+
+
+class Layer:
+    """A request layer over `Inner`, asked as a server would ask it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.inner = folder, Inner()
+        self.app = RequestLayer(self.inner)
+
+    def ask(
+        self, method: str, path: str, body: bytes | Any = b"", headers: Any = (), *, chunks: list[bytes] | None = None,
+        leaves: bool = False,
+    ) -> Reply:  # fmt: skip
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        parts = chunks if chunks is not None else [data]
+        incoming = [
+            {"type": "http.request", "body": part, "more_body": leaves or number < len(parts) - 1}
+            for number, part in enumerate(parts)
+        ]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return incoming.pop(0) if incoming else {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        given = [(b"host", b"x"), (b"content-length", str(sum(map(len, parts))).encode()), *headers]
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": given}
+        before = json.dumps(scope, default=str)
+        asyncio.run(self.app(scope, receive, send))
+        assert json.dumps(scope, default=str) == before, "the server's own scope is left alone"
+        start, *rest = sent
+        text = b"".join(message.get("body", b"") for message in rest)
+        return Reply(start["status"], json.loads(text) if text else None, dict(start["headers"]))
+
+    def chat(self, model: Any, **more: Any) -> Reply:
+        return self.ask("POST", CHAT, {"model": model, "messages": [], **more})
+
+    def say(self, *, ready: bool = True, boot: str | None = None, refused: Any = None, **versions: str) -> None:
+        served = {
+            alias: Served(version=version, digest=f"sha256:{version}", parity_difference=0.001, since=1700000000.5)
+            for alias, version in versions.items()
+        }
+        known = boot or read_boot(self.folder) or ""
+        write_aliases(self.folder, Aliases(boot=known, ready=ready, aliases=served, refused=refused or {}))
+
+    @property
+    def token(self) -> list[tuple[bytes, bytes]]:
+        return [(b"x-drydock-sidecar", read_token(self.folder).encode())]
+
+
+@pytest.fixture
+def layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Layer]:
+    monkeypatch.setenv("DRYDOCK_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("DRYDOCK_BASE_NAME", "base")
+    monkeypatch.setenv("DRYDOCK_MAX_REQUEST_BYTES", str(LIMIT))
+    yield Layer(tmp_path / "state")
+
+
+# Routes.
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
+        ("POST", "/v1/load_lora_adapter/"), ("POST", "//v1/load_lora_adapter"), ("POST", "/v1/./load_lora_adapter"),
+        ("POST", "/v1/chat/../load_lora_adapter"), ("POST", "/V1/LOAD_LORA_ADAPTER"),
+        ("POST", "/v1/load_lora_adapter?x"), ("POST", "/v1%2fload_lora_adapter"), ("GET", "/v1/load_lora_adapter"),
+        ("POST", CHAT + "/"), ("GET", CHAT), ("PUT", CHAT), ("OPTIONS", CHAT),
+        ("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/invocations"), ("POST", "/v1/embeddings"),
+        ("POST", "/v1/responses"), ("POST", "/collective_rpc"), ("POST", "/sleep"), ("POST", "/reset_prefix_cache"),
+        ("POST", "/pooling"), ("POST", "/score"), ("GET", "/load"), ("GET", "/version"), ("GET", "/server_info"),
+        ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/"), ("GET", ""), ("POST", "/health"),
+        ("DELETE", "/v1/models"), ("GET", "/metrics/"), ("POST", "/start_profile"),
+    ],
+)  # fmt: skip
+def test_what_is_not_opened_is_closed(layer: Layer, method: str, path: str) -> None:
+    layer.say(kubectl="aaaa1111")
+    reply = layer.ask(method, path, b'{"model": "base"}')
+    assert reply.status == 404
+    assert reply.body["error"]["code"] == "not_found"
+    assert not layer.inner.scopes, "vLLM never saw it"
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+def test_health_and_metrics_reach_vllm_at_any_time(layer: Layer, path: str) -> None:
+    assert layer.ask("GET", path).status == 200
+    assert layer.inner.scopes[0]["path"] == path
+
+
+def test_the_sidecar_and_nobody_else_loads_adapters(layer: Layer) -> None:
+    token = read_token(layer.folder).encode()
+    wrong = [b"", b" ", token[:-1], token + b"0", token.upper() if token.upper() != token else b"x", b"\xff", b"0" * 64]
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        for guess in wrong:
+            assert layer.ask("POST", path, {}, [(b"x-drydock-sidecar", guess)]).status == 404
+        assert not layer.inner.scopes
+    assert layer.ask("POST", "/v1/load_lora_adapter", {"lora_name": "x"}, layer.token).status == 200
+    assert json.loads(layer.inner.bodies[0]) == {"lora_name": "x"}
+
+
+def test_not_even_the_sidecar_gets_at_other_routes(layer: Layer) -> None:
+    for path in ("/collective_rpc", "/sleep", "/v1/load_lora_adapter/"):
+        assert layer.ask("POST", path, {}, layer.token).status == 404
+    assert not layer.inner.scopes
+
+
+def test_the_sidecar_names_loaded_versions_before_they_are_proven(layer: Layer) -> None:
+    assert layer.ask("POST", "/v1/completions", {"model": "kubectl.aaaa1111"}, layer.token).status == 200
+    assert json.loads(layer.inner.bodies[0])["model"] == "kubectl.aaaa1111"
+
+
+def test_the_token_is_secret_and_compared_in_constant_time(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (layer.folder / "token").stat().st_mode & 0o077 == 0
+    assert len(read_token(layer.folder)) == 64
+    compared: list[bytes] = []
+    plain = hmac.compare_digest
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append(a)
+        return plain(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    layer.ask("POST", "/v1/load_lora_adapter", {}, [(b"x-drydock-sidecar", b"guess")])
+    assert compared == [b"guess"]
+
+
+# Aliases.
+
+
+def test_an_alias_becomes_its_version_and_nothing_else_changes(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111", triage="bbbb2222")
+    request = {
+        "model": "kubectl",
+        "messages": [{"role": "user", "content": "ü 🚀 \ud800"}],
+        "temperature": 0.1,
+        "stream": True,
+    }
+    assert layer.ask("POST", CHAT, request, [(b"content-type", b"application/json")]).status == 200
+    body = layer.inner.bodies[0]
+    assert json.loads(body) == request | {"model": "kubectl.aaaa1111"}
+    headers = layer.inner.scopes[0]["headers"]
+    assert [value for name, value in headers if name == b"content-length"] == [str(len(body)).encode()]
+    assert (b"content-type", b"application/json") in headers
+
+
+def test_a_chunked_body_arrives_whole_with_a_length(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    data = json.dumps({"model": "kubectl", "prompt": "x" * 50}).encode()
+    chunks = [data[:7], b"", data[7:30], data[30:]]
+    assert (
+        layer.ask("POST", "/v1/completions", headers=[(b"transfer-encoding", b"chunked")], chunks=chunks).status == 200
+    )
+    names = [name for name, _ in layer.inner.scopes[0]["headers"]]
+    assert b"transfer-encoding" not in names
+    assert json.loads(layer.inner.bodies[0]) == {"model": "kubectl.aaaa1111", "prompt": "x" * 50}
+
+
+def test_the_base_answers_under_its_name_with_the_body_untouched(layer: Layer) -> None:
+    data = b'{ "model":"base",\n"messages": [] }'
+    assert layer.ask("POST", CHAT, data).status == 200
+    assert layer.inner.bodies == [data]
+
+
+def test_a_proven_version_answers_under_its_full_name_too(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    assert layer.chat("kubectl.aaaa1111").status == 200
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["gpt-4", "kubectl.bbbb2222", "triage", "kubectl.", "Kubectl", " kubectl", "", "/etc/passwd", "candidate-kubectl"],
+)
+def test_an_unknown_or_unproven_model_is_404_as_openai_says_it(layer: Layer, model: str) -> None:
+    layer.say(kubectl="aaaa1111")
+    reply = layer.chat(model)
+    assert reply.status == 404
+    assert reply.headers[b"content-type"] == b"application/json"
+    error = reply.body["error"]
+    assert error["code"] == "model_not_found"
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert repr(model) in error["message"]
+    assert "base, kubectl" in error["message"]
+    assert not layer.inner.scopes
+
+
+def test_a_switch_takes_effect_with_the_next_request_and_closes_the_old_version(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    layer.chat("kubectl")
+    layer.say(kubectl="bbbb2222")
+    layer.chat("kubectl")
+    assert [json.loads(body)["model"] for body in layer.inner.bodies] == ["kubectl.aaaa1111", "kubectl.bbbb2222"]
+    assert layer.chat("kubectl.aaaa1111").status == 404
+    layer.say()
+    assert layer.chat("kubectl").status == 404, "withdrawn"
+
+
+def test_what_the_sidecar_said_about_an_earlier_process_is_void(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    assert layer.chat("kubectl").status == 200
+    after_restart = Layer(layer.folder)
+    assert after_restart.chat("kubectl").status == 404
+    assert after_restart.ask("GET", "/ready").status == 503
+    assert [model["id"] for model in after_restart.ask("GET", "/v1/models").body["data"]] == ["base"]
+    after_restart.say(kubectl="aaaa1111")
+    assert after_restart.chat("kubectl").status == 200
+    assert read_token(layer.folder).encode() == after_restart.app.token, "the token outlives the process"
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_beyond_the_limit_is_413_and_one_at_it_passes(layer: Layer, chunked: bool) -> None:
+    head = len(json.dumps({"model": "base", "prompt": ""}))
+    for excess, status in ((0, 200), (1, 413)):
+        data = json.dumps({"model": "base", "prompt": "x" * (LIMIT - head + excess)}).encode()
+        chunks = [data[i : i + 100] for i in range(0, len(data), 100)] if chunked else [data]
+        reply = layer.ask("POST", CHAT, chunks=chunks)
+        assert reply.status == status
+    assert reply.body["error"]["code"] == "request_too_large"
+    assert "2,000 bytes" in reply.body["error"]["message"]
+    assert len(layer.inner.bodies) == 1
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"model=base", b"\xff\xfe", b'{"model": "base"', b"[" * 1900, b"\x00"])
+def test_what_is_no_json_is_400(layer: Layer, data: bytes) -> None:
+    reply = layer.ask("POST", CHAT, data)
+    assert (reply.status, reply.body["error"]["code"]) == (400, "invalid_json")
+    assert not layer.inner.scopes
+
+
+@pytest.mark.parametrize(
+    "value", [[], "base", 7, None, {}, {"model": None}, {"model": 7}, {"model": ["base"]}, {"Model": "base"}]
+)
+def test_a_body_without_a_model_is_400(layer: Layer, value: Any) -> None:
+    reply = layer.ask("POST", CHAT, value)
+    assert (reply.status, reply.body["error"]["code"]) == (400, "missing_model")
+    assert not layer.inner.scopes
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ({"prompt_logprobs": 0}, 400),
+        ({"prompt_logprobs": 5}, 400),
+        ({"echo": True, "logprobs": 0}, 400),
+        ({"echo": True, "logprobs": True}, 400),
+        ({"prompt_logprobs": None}, 200),
+        ({"echo": False, "logprobs": 2}, 200),
+        ({"logprobs": True, "top_logprobs": 5}, 200),
+        ({"echo": True}, 200),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_request_that_would_kill_the_engine_for_all_is_400(
+    layer: Layer, path: str, more: dict[str, Any], status: int
+) -> None:
+    reply = layer.ask("POST", path, {"model": "base", "prompt": "x"} | more)
+    assert reply.status == status
+    assert len(layer.inner.bodies) == (status == 200)
+
+
+def test_no_depth_of_nesting_is_a_500(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer.app.max_request_bytes = 10**6
+    layer.say(kubectl="aaaa1111")
+    for depth in range(850, 1000):
+        reply = layer.ask("POST", CHAT, b'{"model": "kubectl", "x": ' + b"[" * depth + b"]" * depth + b"}")
+        assert reply.status in (200, 400)
+
+
+def test_a_client_that_leaves_while_sending_reaches_nothing(layer: Layer) -> None:
+    reply = layer.ask("POST", CHAT, chunks=[b'{"model": "ba'], leaves=True)
+    assert reply.status == 400
+    assert not layer.inner.scopes
+
+
+def test_vllm_learns_that_a_client_left_while_it_generated(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    layer.chat("kubectl")
+    assert layer.inner.after == [{"type": "http.disconnect"}], "after the body it hears the real client"
+
+
+def test_lifespan_passes_and_websockets_do_not(layer: Layer) -> None:
+    async def nothing() -> Any:
+        return {}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    for kind in ("lifespan", "websocket"):
+        asyncio.run(layer.app({"type": kind, "path": "/v1/realtime", "headers": []}, nothing, send))
+    assert [scope["type"] for scope in layer.inner.scopes] == ["lifespan"]
+
+
+# Readiness and models.
+
+
+def test_ready_follows_the_sidecars_word(layer: Layer) -> None:
+    assert layer.ask("GET", "/ready").status == 503, "before it spoke"
+    layer.say(ready=False, kubectl="aaaa1111")
+    assert layer.ask("GET", "/ready").status == 503
+    layer.say(ready=True, refused={"triage": "its canaries differ"}, kubectl="aaaa1111")
+    reply = layer.ask("GET", "/ready")
+    assert reply.status == 200
+    assert reply.body == {
+        "ready": True,
+        "adapters": {"kubectl": "aaaa1111"},
+        "refused": {"triage": "its canaries differ"},
+    }
+    assert not layer.inner.scopes
+
+
+def test_models_lists_base_and_aliases_with_the_versions_behind_them(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111", triage="bbbb2222")
+    reply = layer.ask("GET", "/v1/models").body
+    assert reply["object"] == "list"
+    assert [model["id"] for model in reply["data"]] == ["base", "kubectl", "triage"]
+    kubectl = reply["data"][1]
+    assert kubectl == {
+        "id": "kubectl", "object": "model", "created": 1700000000, "owned_by": "drydock",
+        "root": "kubectl.aaaa1111", "parent": "base", "digest": "sha256:aaaa1111",
+    }  # fmt: skip
+
+
+# What both share.
+
+
+def test_the_alias_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    plain = Path.read_bytes
+
+    def read(self: Path) -> bytes:
+        reads.append(1)
+        return plain(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    boot = new_boot(tmp_path)
+    reader = AliasReader(tmp_path, boot)
+    assert not reader.current().ready
+    write_aliases(tmp_path, Aliases(boot=boot, ready=True))
+    assert [reader.current().ready for _ in range(5)] == [True] * 5
+    assert len(reads) == 1
+    write_aliases(tmp_path, Aliases(boot=boot, ready=False))
+    assert not reader.current().ready
+    os.unlink(tmp_path / "aliases.json")
+    assert not reader.current().ready
+
+
+def test_reading_the_aliases_costs_a_request_next_to_nothing(tmp_path: Path) -> None:
+    boot = new_boot(tmp_path)
+    reader = AliasReader(tmp_path, boot)
+    write_aliases(tmp_path, Aliases(boot=boot, ready=True))
+    started = time.process_time()
+    for _ in range(1000):
+        reader.current()
+    assert time.process_time() - started < 0.3, "far below a millisecond each"
+
+
+def test_two_processes_that_start_together_agree_on_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine and sidecar both prepare the folder; here the other one comes first by the width of a hair."""
+    told: list[str] = []
+    plain = secrets.token_hex
+
+    def slow(size: int) -> str:
+        monkeypatch.setattr(secrets, "token_hex", plain)
+        prepare(tmp_path)
+        told.append(read_token(tmp_path))  # what the other process will use from now on
+        return plain(size)
+
+    monkeypatch.setattr(secrets, "token_hex", slow)
+    prepare(tmp_path)
+    assert told == [read_token(tmp_path)]
+    assert len(told[0]) == 64

@@ -1,0 +1,501 @@
+"""The sidecar: what is promoted is loaded, proven, then switched to; whatever breaks, what is served stays served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client import generate_latest
+from safetensors.numpy import load_file, save_file
+
+from artifacts.adapter import PROMOTED, AdapterCard, publish_adapter, repository, version
+from artifacts.store import Store, StoreError, open_store
+from common.files import write_json
+from serving import sidecar as module
+from serving.canaries import record
+from serving.client import Answer, EngineError
+from serving.sidecar import Sidecar
+from serving.spec import ServingSpec
+from serving.state import Aliases, new_boot
+from tests.unit.conftest import FakeEngine
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+def strength_in(folder: Path) -> float:
+    return float(load_file(folder / "adapter_model.safetensors")[KEY.format("A")][0, 0])
+
+
+class Clock:
+    """The time module as the sidecar sees it, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+
+@dataclass
+class Rig:
+    """One sidecar with a real folder store and an engine in this process."""
+
+    root: Path
+    clock: Clock
+    engine: FakeEngine = field(default_factory=FakeEngine)
+
+    def __post_init__(self) -> None:
+        self.store: Store = open_store(self.root / "store")
+        self.state = self.root / "state"
+        self.engine.weights = strength_in
+        self.boot()
+        self.sidecar = self.make("kubectl", "triage")
+
+    def make(self, *adapters: str) -> Sidecar:
+        spec = ServingSpec.model_validate(
+            {"base_model": "b", "store": "s", "adapters": adapters, "old_version_seconds": 30}
+        )
+        return Sidecar(spec, self.store, self.engine, self.state, self.state / "cache")  # type: ignore[arg-type]
+
+    def boot(self) -> None:
+        """The engine process starts (anew)."""
+        self.engine.restart()
+        new_boot(self.state)
+
+    def publish(
+        self, name: str = "kubectl", strength: float = 1.0, recorded: float | None = None, canaries: Any = ...
+    ) -> str:
+        """Publish and promote a version whose canaries were recorded at strength `recorded`; returns its version."""
+        folder = self.root / "made" / f"{name}-{strength}-{recorded}-{id(canaries)}"
+        write_json(
+            folder / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        )
+        tensors = {
+            KEY.format("A"): np.full((2, 8), strength, np.float32), KEY.format("B"): np.ones((8, 2), np.float32)
+        }  # fmt: skip
+        save_file(tensors, folder / "adapter_model.safetensors")
+        if canaries is ...:
+            evaluated = FakeEngine(strengths={"c": strength if recorded is None else recorded})
+            made = record(evaluated, "c", "base", [Answer("", [1, 2, 3, 4], 2)])  # type: ignore[arg-type]
+            assert made
+            canaries = made.model_dump()
+        if canaries is not None:
+            write_json(folder / "canaries.json", canaries)
+        card = AdapterCard(
+            name=name, base_model="b", base_revision="r", dataset_digest="d", evaluation={"passed": True}
+        )
+        digest = publish_adapter(self.store, name, folder, card)
+        self.promote(digest, name)
+        return digest
+
+    def promote(self, digest: str, name: str = "kubectl") -> None:
+        self.store.tag(repository(name), digest, PROMOTED)
+
+    @property
+    def told(self) -> Aliases:
+        """What the request layer reads."""
+        return Aliases.model_validate_json((self.state / "aliases.json").read_bytes())
+
+    def ready(self) -> bool:
+        return self.told.ready
+
+    @property
+    def serving(self) -> dict[str, str]:
+        return {alias: served.digest for alias, served in self.told.aliases.items()}
+
+    def metric(self, start: str) -> list[str]:
+        text = generate_latest(self.sidecar.metrics.registry).decode()
+        return [line for line in text.splitlines() if line.startswith(start)]
+
+    def calls(self, *starts: str) -> list[str]:
+        """The engine's calls that begin so; forgets all so far."""
+        made = [call for call in self.engine.calls if call.startswith(starts)]
+        self.engine.calls.clear()
+        return made
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return Rig(tmp_path, clock)
+
+
+def name(digest: str, adapter: str = "kubectl") -> str:
+    return f"{adapter}.{version(digest)}"
+
+
+# Loading and switching.
+
+
+def test_a_pool_without_promoted_adapters_is_ready_to_serve_its_base(rig: Rig) -> None:
+    assert rig.sidecar.look()
+    assert (rig.ready(), rig.told.aliases, rig.told.refused) == (True, {}, {})
+
+
+def test_a_promoted_version_is_loaded_under_a_name_of_its_own_proven_and_then_answers(rig: Rig) -> None:
+    rig.sidecar.look()
+    digest = rig.publish()
+    assert rig.sidecar.look()
+    assert rig.calls("load", "log_probabilities", "unload") == [
+        f"load {name(digest)}",
+        f"log_probabilities {name(digest)}",
+    ]
+    served = rig.told.aliases["kubectl"]
+    assert (served.digest, served.version, served.parity_difference) == (digest, version(digest), 0)
+    assert rig.ready()
+    assert rig.metric("drydock_adapter_serving{") == [
+        f'drydock_adapter_serving{{adapter="kubectl",version="{version(digest)}"}} 1.0'
+    ]
+
+
+def test_one_look_serves_all_adapters(rig: Rig) -> None:
+    first, second = rig.publish("kubectl"), rig.publish("triage", 2.0)
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": first, "triage": second}
+
+
+def test_another_look_changes_nothing_and_costs_no_load(rig: Rig) -> None:
+    rig.publish()
+    rig.sidecar.look()
+    stamp = (rig.state / "aliases.json").stat().st_mtime_ns
+    rig.calls()
+    rig.sidecar.look()
+    assert rig.calls("load", "unload", "log_probabilities") == []
+    assert (rig.state / "aliases.json").stat().st_mtime_ns == stamp
+
+
+def test_a_new_version_takes_over_and_the_old_one_stays_for_requests_under_way(rig: Rig) -> None:
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    new = rig.publish(strength=2.0)
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": new}
+    rig.clock.now += 29.9
+    rig.sidecar.look()
+    assert name(old) in rig.engine.strengths
+    rig.clock.now += 0.2
+    rig.sidecar.look()
+    assert rig.engine.strengths.keys() == {"base", name(new)}
+    assert len(rig.metric("drydock_adapter_serving{")) == 1
+
+
+def test_rolling_back_needs_no_load_while_the_old_version_is_there_and_keeps_it(rig: Rig) -> None:
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    rig.publish(strength=2.0)
+    rig.sidecar.look()
+    rig.calls()
+    rig.promote(old)
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": old}
+    assert rig.calls("load") == []
+    rig.clock.now += 60
+    rig.sidecar.look()
+    assert rig.engine.strengths.keys() == {"base", name(old)}
+
+
+def test_rolling_back_long_after_loads_it_again(rig: Rig) -> None:
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    rig.publish(strength=2.0)
+    rig.sidecar.look()
+    rig.clock.now += 60
+    rig.sidecar.look()
+    rig.promote(old)
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": old}
+
+
+def test_a_withdrawn_adapter_stops_answering_and_is_unloaded_later(rig: Rig) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    index = Path(rig.store.url) / repository("kubectl") / "index.json"
+    kept = json.loads(index.read_text())
+    for entry in kept["manifests"]:
+        entry.pop("annotations", None)
+    index.write_text(json.dumps(kept))
+    assert rig.sidecar.look()
+    assert (rig.serving, rig.ready()) == ({}, True)
+    assert name(digest) in rig.engine.strengths
+    rig.clock.now += 31
+    rig.sidecar.look()
+    assert rig.engine.strengths.keys() == {"base"}
+
+
+# Refusing.
+
+
+def refused_for(rig: Rig, reason: str, keeps: str | None) -> None:
+    assert rig.sidecar.look(), "a refusal is final: nothing is waited for"
+    assert reason in rig.told.refused["kubectl"]
+    assert rig.serving == ({"kubectl": keeps} if keeps else {})
+    assert rig.ready()
+    rig.calls()
+    assert rig.sidecar.look()
+    assert rig.calls("load", "log_probabilities") == [], "it is not tried again"
+
+
+@pytest.fixture(params=[True, False], ids=["with a version that serves", "as the first version"])
+def before(request: pytest.FixtureRequest, rig: Rig) -> str | None:
+    if not request.param:
+        return None
+    digest = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    return digest
+
+
+def test_a_version_that_computes_like_the_bare_base_is_refused_and_unloaded(rig: Rig, before: str | None) -> None:
+    bad = rig.publish(strength=0.0, recorded=1.5)
+    refused_for(rig, "its canaries differ by 1.5000 nats a token from what was recorded, allowed are 0.05", before)
+    assert name(bad) not in rig.engine.strengths
+    (counted,) = rig.metric("drydock_adapter_refused_total{")
+    assert counted.endswith(f'version="{version(bad)}"}} 1.0')
+
+
+def test_a_blob_that_was_changed_in_the_store_is_refused(rig: Rig, before: str | None) -> None:
+    digest = rig.publish(strength=3.0)
+    manifest = rig.store.inspect(repository("kubectl"), digest).manifest
+    weights = next(x for x in manifest["layers"] if "safetensors" in str(x["annotations"]))["digest"]
+    blob = Path(rig.store.url) / repository("kubectl") / "blobs" / "sha256" / weights.removeprefix("sha256:")
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x01")
+    refused_for(rig, f"adapter_model.safetensors: expected {weights}", before)
+
+
+def test_a_version_that_vllm_does_not_load_is_refused_in_vllms_words(rig: Rig, before: str | None) -> None:
+    rig.publish(strength=3.0)
+    rig.engine.refuses_to_load = "/v1/load_lora_adapter: 400: rank 64 is beyond max_lora_rank 16"
+    refused_for(rig, "rank 64 is beyond max_lora_rank 16", before)
+
+
+UNFIT: dict[str, Any] = {
+    "absent": None,
+    "no canaries": {"canaries": []},
+    "another shape": [1],
+    "too few figures": {
+        "canaries": [{"token_ids": [1, 2, 3], "prompt_length": 1, "adapter": [-1.0], "base": [-2.0, -2.0]}]
+    },
+    "no answer": {"canaries": [{"token_ids": [1], "prompt_length": 1, "adapter": [], "base": []}]},
+}
+
+
+@pytest.mark.parametrize("canaries", UNFIT.values(), ids=UNFIT)
+def test_a_version_without_usable_canaries_is_refused(rig: Rig, before: str | None, canaries: Any) -> None:
+    bad = rig.publish(strength=3.0, canaries=canaries)
+    refused_for(rig, "canaries.json", before)
+    assert name(bad) not in rig.engine.strengths
+
+
+def test_an_engine_that_computes_no_numbers_proves_nothing(rig: Rig, before: str | None) -> None:
+    rig.publish(strength=3.0)
+    rig.engine.weights = lambda folder: float("nan")
+    refused_for(rig, "its canaries differ by", before)
+
+
+def test_the_next_good_version_is_served_after_a_refused_one(rig: Rig) -> None:
+    rig.publish(strength=0.0, recorded=1.5)
+    rig.sidecar.look()
+    good = rig.publish(strength=2.0)
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": good}
+
+
+def test_one_adapters_refusal_does_not_hold_up_the_other(rig: Rig) -> None:
+    rig.publish("kubectl", strength=0.0, recorded=1.5)
+    good = rig.publish("triage", strength=2.0)
+    assert rig.sidecar.look()
+    assert rig.serving == {"triage": good}
+    assert rig.ready()
+
+
+# Trouble that passes.
+
+
+def break_store(rig: Rig, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> str:
+        raise StoreError("registry: 503")
+
+    patch.setattr(rig.store, "resolve", fail)
+
+
+def test_before_the_engine_said_who_it_is_nothing_happens(rig: Rig) -> None:
+    (rig.state / "boot").unlink()
+    assert not rig.sidecar.look()
+    assert not (rig.state / "aliases.json").exists()
+
+
+def test_while_the_engine_is_starting_the_sidecar_waits(rig: Rig) -> None:
+    digest = rig.publish()
+    rig.engine.down = True
+    assert not rig.sidecar.look()
+    rig.engine.down = False
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": digest}
+
+
+def test_a_replica_is_not_ready_until_every_promoted_adapter_is_loaded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = rig.publish("kubectl")
+    rig.publish("triage", 2.0)
+    plain = rig.engine.log_probabilities
+
+    def busy(model: str, *rest: Any) -> list[float]:
+        if model.startswith("triage"):
+            raise httpx.ReadTimeout("slow")
+        return plain(model, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.engine, "log_probabilities", busy)
+        assert not rig.sidecar.look()
+        assert rig.serving == {"kubectl": first}, "the one that is proven answers already"
+        assert not rig.ready()
+    assert rig.sidecar.look()
+    assert rig.ready()
+    assert rig.calls("load triage") == [f"load {name(rig.serving['triage'], 'triage')}"], "and was loaded once"
+
+
+def test_a_store_out_of_reach_keeps_what_is_served(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = rig.publish()
+    rig.publish("triage", 2.0)
+    rig.sidecar.look()
+    with monkeypatch.context() as patch:
+        break_store(rig, patch)
+        assert rig.sidecar.look()
+        assert rig.serving["kubectl"] == digest
+        assert rig.ready()
+    assert rig.metric('drydock_sidecar_errors_total{adapter="kubectl"}') == [
+        'drydock_sidecar_errors_total{adapter="kubectl"} 1.0'
+    ]
+
+
+@pytest.mark.parametrize("other", ["never promoted", "refused"])
+def test_a_store_out_of_reach_does_not_unready_a_replica_whose_other_adapter_is_not_served(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Otherwise one minute without the registry takes every replica of the pool out of the router at once."""
+    digest = rig.publish()
+    if other == "refused":
+        rig.publish("triage", strength=0.0, recorded=1.5)
+    assert rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    rig.sidecar.look()
+    assert rig.serving == {"kubectl": digest}
+    assert rig.ready()
+
+
+def test_a_store_out_of_reach_at_the_start_means_not_ready(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.publish()
+    with monkeypatch.context() as patch:
+        break_store(rig, patch)
+        assert not rig.sidecar.look()
+        assert not rig.ready()
+    assert rig.sidecar.look()
+    assert rig.ready()
+
+
+def test_an_engine_that_came_back_gets_its_adapters_again_without_the_network(rig: Rig) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    first = rig.told
+    rig.boot()
+    rig.calls()
+    assert rig.sidecar.look()
+    assert rig.calls("load") == [f"load {name(digest)}"]
+    assert rig.told.boot != first.boot
+    assert rig.serving == {"kubectl": digest}
+    assert len(list((rig.state / "cache").iterdir())) == 1
+
+
+def test_a_restarted_engine_may_take_what_the_last_one_refused(rig: Rig) -> None:
+    digest = rig.publish(strength=3.0)
+    rig.engine.refuses_to_load = "500: out of memory"
+    rig.sidecar.look()
+    assert rig.serving == {}
+    rig.engine.refuses_to_load = ""
+    rig.boot()
+    assert rig.sidecar.look()
+    assert (rig.serving, rig.told.refused) == ({"kubectl": digest}, {})
+
+
+def test_metrics_show_only_the_version_that_serves_after_a_restart_with_another_one(rig: Rig) -> None:
+    rig.publish(strength=1.0)
+    rig.sidecar.look()
+    new = rig.publish(strength=2.0)
+    rig.boot()
+    rig.sidecar.look()
+    assert rig.metric("drydock_adapter_serving{") == [
+        f'drydock_adapter_serving{{adapter="kubectl",version="{version(new)}"}} 1.0'
+    ]
+
+
+def test_a_restarted_sidecar_finds_the_engine_as_it_is(rig: Rig) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    rig.calls()
+    again = rig.make("kubectl", "triage")
+    assert again.look()
+    assert rig.calls("load") == [], "the engine has it; it is proven again and taken over"
+    assert rig.serving == {"kubectl": digest}
+
+
+def test_a_restarted_sidecar_takes_back_nothing_that_the_last_one_said(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an update of the sidecar alone makes clients see 404 for adapters that answer well."""
+    rig.publish("kubectl")
+    rig.publish("triage", 2.0)
+    rig.sidecar.look()
+    said: list[Aliases] = []
+    monkeypatch.setattr(module, "write_aliases", lambda state, aliases: said.append(aliases))
+    assert rig.make("kubectl", "triage").look()
+    assert all(each.ready and each.aliases.keys() == {"kubectl", "triage"} for each in said)
+
+
+def test_a_restarted_sidecar_without_a_store_keeps_what_is_served(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    rig.make("kubectl").look()
+    assert rig.serving == {"kubectl": digest}
+
+
+def test_an_old_version_that_cannot_be_unloaded_now_is_unloaded_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    rig.publish(strength=2.0)
+    rig.sidecar.look()
+    rig.clock.now += 31
+
+    def fail(name: str) -> None:
+        raise EngineError("500")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.engine, "unload", fail)
+        assert rig.sidecar.look()
+    rig.sidecar.look()
+    assert name(old) not in rig.engine.strengths
+
+
+def test_the_engine_gets_a_folder_with_plain_peft_files(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+    load = rig.engine.load
+
+    def noted(name: str, folder: Path) -> None:
+        folders.append(folder)
+        load(name, folder)
+
+    monkeypatch.setattr(rig.engine, "load", noted)
+    digest = rig.publish()
+    rig.sidecar.look()
+    assert folders[0].name == name(digest), "a folder of its own for each version: vLLM caches by name and path"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folders[0].iterdir()}
