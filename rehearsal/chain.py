@@ -213,22 +213,22 @@ class Chain:
         seen = read_json(self.out / "stress" / "load" / "summary.json")
         ttft, speed = seen["ttft_ms"], seen["tokens_per_second"]
         _say(
-            f"  {seen['requests']} requests, {seen['failed']} failed, {seen['rps']:.1f} a second; first token after "
-            f"{ttft['p50']:.0f} ms (p95 {ttft['p95']:.0f}), {speed['p50']:.0f} tokens/s a request (p95 {speed['p95']:.0f})"
+            f"  {seen['requests']} requests, {seen['failed']} failed, {seen['rps']:.1f} a second; TTFT p50 "
+            f"{ttft['p50']:.0f} ms, p95 {ttft['p95']:.0f} ms; tokens/s p50 {speed['p50']:.0f}, p95 {speed['p95']:.0f}"
         )
 
     def drill_long_prompts(self) -> None:
         seen = self._drill("long-prompts", "--duration-seconds", "20")
         _say(
             f"  {seen['requests']} requests, {seen['failed']} failed; TTFT p95 of the normal prompts "
-            f"{seen['short_p95_ratio']:.2f} times as high beside long ones, of the long ones {seen['long_p95_ratio']:.2f} times"
+            f"{seen['short_p95_ratio']:.2f} times as high beside long ones, of these {seen['long_p95_ratio']:.2f} times"
         )
 
     def drill_replica_loss(self) -> None:
         seen = self._drill("replica-loss")
         _say(
-            f"  {seen['requests']} requests, {seen['failed']} failed ({seen['failed_streams']} cut streams, "
-            f"{seen['failed_non_streams']} others); {seen['killed']} ready again after {seen['recovery_seconds']:.0f} s, "
+            f"  {seen['requests']} requests, {seen['failed']} failed ({seen['failed_streams']} of them streams); "
+            f"{seen['killed']} ready again after {seen['recovery_seconds']:.0f} s, "
             f"TTFT p95 meanwhile {seen['p95_ratio']:.2f} times what it was"
         )
 

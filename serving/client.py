@@ -17,6 +17,15 @@ from serving.state import TOKEN_HEADER
 class EngineError(RuntimeError):
     """The server answered with an error; the text holds its status and message."""
 
+    def __init__(self, path: str, status: int, message: str) -> None:
+        super().__init__(f"{path}: {status}: {message[:500]}")
+        self.status = status
+
+    @property
+    def final(self) -> bool:
+        """Whether asking again would give the same answer: the request is at fault, not the server."""
+        return 400 <= self.status < 500 and self.status not in (408, 429)
+
 
 class Answer(NamedTuple):
     """A greedy answer: its text, all token ids (prompt, then answer) and how many of them are the prompt."""
@@ -45,7 +54,7 @@ class Engine:
     def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         response = self._http.post(path, json=body)
         if response.status_code != 200:
-            raise EngineError(f"{path}: {response.status_code}: {response.text[:500]}")
+            raise EngineError(path, response.status_code, response.text)
         return response
 
     def answer(self, model: str, messages: Sequence[Message], max_tokens: int) -> Answer:

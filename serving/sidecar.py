@@ -174,7 +174,7 @@ class Sidecar:
         try:
             self.engine.load(name, folder)
         except EngineError as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Final even as 500, which is what vLLM 0.32 answers to weights that it cannot use.
             raise Refused(f"vLLM did not load it: {error}") from error
 
     def _prove(self, name: str, folder: Path) -> float:
@@ -188,7 +188,9 @@ class Sidecar:
                     f"{recorded.tolerance}: this replica does not compute what was evaluated (other base, or keys that "
                     "match no layer)"
                 )
-        except (Refused, OSError, ValidationError) as error:
+        except (Refused, OSError, ValidationError, EngineError) as error:
+            if isinstance(error, EngineError) and not error.final:
+                raise
             self.engine.unload(name)
             raise Refused(str(error) if isinstance(error, Refused) else f"no usable canaries.json: {error}") from error
         return difference
@@ -209,6 +211,7 @@ class Sidecar:
                     log.warning("%s was not unloaded: %s", name, error)
                     continue
                 del self._replaced[name]
+                shutil.rmtree(self.cache / name, ignore_errors=True)  # a rollback fetches it again
                 log.info("%s is unloaded", name)
 
     def _tell(self, *, ready: bool) -> None:

@@ -109,7 +109,7 @@ class FakeEngine:
     def log_probabilities(self, model: str, token_ids: Sequence[int], prompt_length: int) -> list[float]:
         self._reach(f"log_probabilities {model}")
         if model not in self.strengths:
-            raise EngineError(f"/v1/completions: 404: the model `{model}` does not exist")
+            raise EngineError("/v1/completions", 404, f"the model `{model}` does not exist")
         return [-1 - token / 100 + self.strengths[model] for token in token_ids[prompt_length:]]
 
     def models(self) -> set[str]:
@@ -119,15 +119,15 @@ class FakeEngine:
     def load(self, name: str, folder: Path) -> None:
         self._reach(f"load {name}")
         if self.refuses_to_load:
-            raise EngineError(self.refuses_to_load)
+            raise EngineError("/v1/load_lora_adapter", 500, self.refuses_to_load)
         if name in self.strengths:
-            raise EngineError(f"/v1/load_lora_adapter: 400: {name} is already loaded")
+            raise EngineError("/v1/load_lora_adapter", 400, f"{name} is already loaded")
         self.strengths[name] = self.weights(folder)
 
     def unload(self, name: str) -> None:
         self._reach(f"unload {name}")
         if self.strengths.pop(name, None) is None:
-            raise EngineError(f"/v1/unload_lora_adapter: 404: {name} is not loaded")
+            raise EngineError("/v1/unload_lora_adapter", 404, f"{name} is not loaded")
 
     def restart(self) -> None:
         """As a new process: nothing but the base is loaded."""

@@ -299,6 +299,23 @@ def test_an_engine_that_computes_no_numbers_proves_nothing(rig: Rig, before: str
     refused_for(rig, "its canaries differ by", before)
 
 
+@pytest.mark.parametrize(("status", "refused"), [(400, True), (404, True), (429, False), (500, False), (503, False)])
+def test_canaries_that_the_engine_rejects_are_final_and_its_own_trouble_is_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, status: int, refused: bool
+) -> None:
+    """A prompt that this engine can never answer must not keep a replica out; a busy engine must not refuse for good."""
+
+    def fail(model: str, token_ids: list[int], prompt_length: int) -> list[float]:
+        raise EngineError("/v1/completions", status, "no")
+
+    digest = rig.publish()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.engine, "log_probabilities", fail)
+        assert rig.sidecar.look() is refused
+    assert rig.sidecar.look()
+    assert rig.serving == ({} if refused else {"kubectl": digest})
+
+
 def test_the_next_good_version_is_served_after_a_refused_one(rig: Rig) -> None:
     rig.publish(strength=0.0, recorded=1.5)
     rig.sidecar.look()
@@ -477,7 +494,7 @@ def test_an_old_version_that_cannot_be_unloaded_now_is_unloaded_later(
     rig.clock.now += 31
 
     def fail(name: str) -> None:
-        raise EngineError("500")
+        raise EngineError("/v1/unload_lora_adapter", 500, "later")
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.engine, "unload", fail)
