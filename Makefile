@@ -4,7 +4,7 @@ OUT ?= out
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist loadgroup
+UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 .PHONY: help rehearse test unit contract lint format setup registry lock clean
 
@@ -12,7 +12,7 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" for your own, KEEP=1 leaves it up)
-	$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
+	@$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
 
 test: setup registry lint  ## everything that must hold: lint, types, unit and contract tests
 	$(UNIT)

@@ -17,6 +17,7 @@ from common.chat import Message
 from serving.client import Answer, EngineError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores; before torch is imported
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

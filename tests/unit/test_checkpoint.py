@@ -12,8 +12,6 @@ import torch
 from training import checkpoint
 from training.checkpoint import Position
 
-pytestmark = pytest.mark.xdist_group("torch")  # one worker alone pays for its import
-
 
 def save(folder: Path, step: int, fingerprint: str = "f") -> Path:
     return checkpoint.save(

@@ -15,8 +15,6 @@ from training.base import base_limits, load_tokenizer
 from training.dataset import Checked, Problem, read
 from training.encode import encode, encode_all
 
-pytestmark = pytest.mark.xdist_group("torch")  # one worker alone pays for its import
-
 CHAT = {
     "messages": [
         {"role": "system", "content": "be brief"},

@@ -29,8 +29,6 @@ from training.progress import Progress
 from training.spec import TuningSpec
 from training.tune import Terminated, rate, split, steps, summed_loss, tune
 
-pytestmark = pytest.mark.xdist_group("torch")  # one worker alone pays for its import
-
 CPU = torch.device("cpu")
 
 
