@@ -15,7 +15,8 @@ from pathlib import Path
 
 import httpx
 
-from common import exits
+from artifacts.store import StoreError
+from common import cli, exits
 from common.settings import SettingsError, load_settings
 from serving.client import EngineError
 from serving.spec import ServingSpec
@@ -67,21 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--log", type=Path, help="where that server's output goes [a file in the first run]")
 
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stderr)
-    for chatty in ("httpx",):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        return {"engine": _engine, "sidecar": _sidecar, "router": _router, "evaluate": _evaluate}[arguments.command](
-            arguments
-        )
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return exits.INPUT
-    except (EngineError, httpx.HTTPError) as error:
-        print(f"vLLM failed: {error}", file=sys.stderr)
-        return exits.FAILED
-    except KeyboardInterrupt:
-        return exits.INTERRUPTED
+    command = {"engine": _engine, "sidecar": _sidecar, "router": _router, "evaluate": _evaluate}[arguments.command]
+    return cli.run(
+        command, arguments, log_format="%(asctime)s %(message)s", failures=(EngineError, StoreError, httpx.HTTPError)
+    )
 
 
 def _engine(arguments: argparse.Namespace) -> int:

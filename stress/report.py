@@ -312,7 +312,8 @@ def _verdict(report: Json, builder: Builder) -> Json:
         if values.get("failure"):
             notes.append(f"drill {drill.replace('_', ' ')}: {values['failure']}")
         if get(values, "bound.held") is False:
-            notes.append(f"drill {drill.replace('_', ' ')} is outside its bound: {get(values, 'bound.text')}")
+            measured = figure(values[values["bound"]["figure"]])
+            notes.append(f"drill {drill.replace('_', ' ')}: measured {measured}, wanted {get(values, 'bound.text')}")
     if evaluation.get("passed") is False:
         text = str(evaluation.get("verdict") or "the interval of the gain is not above the gate's minimum")
         headline = f"{name} did not pass the gate" + ("; nothing was promoted" if nothing else " and is not promoted")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
 from pathlib import Path
 
-from common import exits
+from artifacts.store import StoreError
+from common import cli, exits
 from common.settings import SettingsError, load_settings
 from training.spec import TuningSpec
 
@@ -54,18 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("settings", help="every setting with its default and meaning")
 
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for chatty in ("httpx",):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        return {"check": _check, "tune": _tune, "publish": _publish, "settings": _settings}[arguments.command](
-            arguments
-        )
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return exits.INPUT
-    except KeyboardInterrupt:
-        return exits.INTERRUPTED
+    command = {"check": _check, "tune": _tune, "publish": _publish, "settings": _settings}[arguments.command]
+    return cli.run(command, arguments, failures=(StoreError,))
 
 
 def _check(arguments: argparse.Namespace) -> int:
