@@ -53,18 +53,7 @@ ADAPTER_FILES = {
     "promotion": "promotions/{}.json",
 }
 DRILLS = ("long_prompts", "replica_loss", "outage")
-# Words in a stage's name that tell which section it fills.
-STAGE_WORDS: dict[str, tuple[str, ...]] = {
-    "dataset": ("dataset", "check"),
-    "tuning": ("tune", "tuning"),
-    "evaluation": ("evaluat", "gate"),
-    "promotion": ("promot", "publish", "serve", "fleet"),
-    "stress": ("stress", "load"),
-    "drills.long_prompts": ("long", "drill"),
-    "drills.replica_loss": ("replica", "drill"),
-    "drills.outage": ("outage", "drill"),
-}
-GOOD = ("ok", "done", "passed", "succeeded", "completed")
+GOOD = "ok"  # the status of a stage that ended well
 MAIN_SCENARIO = "load"  # the default of `python -m stress run --scenario`
 # What a drill should stay within: (figure, the most it may be, in words).
 BOUNDS: dict[str, tuple[str, float, str]] = {
@@ -142,35 +131,22 @@ class Builder:
         self.stages: list[Json] = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
 
     def stopped(self) -> Json | None:
-        """The first stage that did not end well; the stage that writes this report does not count."""
-        for stage in self.stages:
-            status = str(stage.get("status"))
-            if status not in GOOD and status != "skipped" and not str(stage.get("name")).startswith("report"):
-                return stage
-        return None
+        """The stage that ended badly, and the chain with it."""
+        return next((stage for stage in self.stages if stage.get("status") != GOOD), None)
 
-    def why(self, section: str, adapter: str | None, otherwise: str) -> str:
-        """Why a whole section is missing: its own stage's failure, an earlier one's, or `otherwise` (its file's)."""
+    def why(self, section: str, otherwise: str) -> str:
+        """Why a whole section is missing: the stage of its name failed or was not reached, or `otherwise` (its file)."""
         stop = self.stopped()
-        if stop is None:
+        own = next((stage for stage in self.stages if stage.get("name") == section), None)
+        if stop is None or (own and own is not stop):
             return otherwise
-        own = [s for s in self.stages if any(word in str(s.get("name")).lower() for word in STAGE_WORDS[section])]
-        if adapter and any(adapter in str(stage.get("name")) for stage in own):
-            own = [stage for stage in own if adapter in str(stage.get("name"))]
-        for stage in own:
-            if str(stage.get("status")) not in (*GOOD, "skipped"):
-                return told(stage)
-        if not own or all(stage.get("status") == "skipped" for stage in own):
-            return f"not reached: {told(stop)}"
-        return otherwise
+        return told(stop) if own else f"not reached: {told(stop)}"
 
-    def section(
-        self, path: str, file: str, kind: str, adapter: str | None = None, leave: Sequence[str] = ()
-    ) -> Json | None:
+    def section(self, path: str, file: str, kind: str, leave: Sequence[str] = ()) -> Json | None:
         """The object in `file`, cleaned, without the keys `leave`; notes what `REQUIRED[kind]` misses below `path`."""
         value, reason = self.folder.json(file)
         if value is None:
-            self.absent[path] = self.why(kind, adapter, reason)
+            self.absent[path] = self.why(kind, reason)
             return None
         own = value.get("absent")
         own = own if isinstance(own, dict) else {}
@@ -236,7 +212,7 @@ def build(root: Path) -> Json:
         for section, file in ADAPTER_FILES.items():
             path = section if name == main else f"adapters.{name}.{section}"
             leave = ("samples",) if section == "evaluation" else ()
-            found = builder.section(path, file.format(name), section, name, leave)
+            found = builder.section(path, file.format(name), section, leave)
             if found is not None:
                 adapters[name][section] = found
         evaluation, promotion = (
@@ -501,7 +477,7 @@ def render(root: Path, report: Json) -> str:
         marks=[(episode.name, plots.marks(episode)) for episode in shown],
         samples=samples,
         drills=DRILLS,
-        good=GOOD,
+        good=[GOOD],
     )
 
 

@@ -134,26 +134,21 @@ def fake(out: Path, *, passed: bool = True, prompt: str = "staging: restart maps
         )
         write_json(out / f"runs/{name}/evaluation.json", evaluation(passed or name == "triage", prompt))
     stages = [
-        stage("setup", 0, 31),
         stage("dataset", 31, 0.7),
-        stage("tune kubectl", 32, 80),
-        stage("tune triage", 112, 29),
+        stage("tuning", 32, 109),
         stage(
-            "evaluate", 141, 64, "ok" if passed else "gate_failed", **({} if passed else {"error": "kubectl: FAILED"})
+            "evaluation", 141, 64, "ok" if passed else "gate_failed", **({} if passed else {"error": "kubectl: FAILED"})
         ),
     ]
     if passed:
         stages += [
-            stage("publish", 205, 2),
-            stage("serve", 207, 48),
+            stage("serving", 205, 48),
+            stage("promotion", 253, 2),
             stage("stress", 255, 34),
-            stage("drill long-prompts", 290, 50),
-            stage("drill replica-loss", 341, 47),
-            stage("drill outage", 389, 36),
-            stage("report", 425, 2, "running"),
+            stage("drills.long_prompts", 290, 50),
+            stage("drills.replica_loss", 341, 47),
+            stage("drills.outage", 389, 36),
         ]
-    else:
-        stages += [stage(name, 205, 0, "skipped") for name in ("publish", "serve", "stress", "drills")]
     write_json(
         out / "rehearsal.json",
         {
@@ -358,13 +353,13 @@ def test_a_failed_gate_says_so_and_explains_the_rest(refused: Path) -> None:
     assert (
         found["absent"]["promotion"].startswith("the gate was not passed") and "0.320" in found["absent"]["promotion"]
     )
-    assert found["absent"]["stress"] == "not reached: stage evaluate: gate failed: kubectl: FAILED"
+    assert found["absent"]["stress"] == "not reached: stage evaluation: gate failed: kubectl: FAILED"
     assert found["absent"]["drills.outage"] == found["absent"]["stress"]
     page = (refused / "report.html").read_text()
     assert "kubectl did not pass the gate; nothing was promoted" in page
     assert "✗ Gate not passed" in page and "✓ Promoted" not in page
     assert 'id="timeline-' not in page and 'id="gain-minimum' in page
-    assert page.count("not reached: stage evaluate: gate failed: kubectl: FAILED") >= 4  # stress and three drills
+    assert page.count("not reached: stage evaluation: gate failed: kubectl: FAILED") >= 4  # stress and three drills
 
 
 class Page(HTMLParser):
@@ -415,7 +410,7 @@ def test_dataset_text_cannot_become_markup(promoted: Path) -> None:
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
     out = fake(tmp_path, passed=False)
     rehearsal = json.loads((out / "rehearsal.json").read_text())
-    rehearsal["stages"][4] = stage(f"evaluate {HOSTILE}", 1, 2, "failed", error='"><svg onload=x>')
+    rehearsal["stages"][2] = stage(f"evaluation {HOSTILE}", 1, 2, "failed", error='"><svg onload=x>')
     rehearsal["versions"] = {HOSTILE: HOSTILE}
     write_json(out / "rehearsal.json", rehearsal)
     page = Page(report.render(out, report.build(out)))
@@ -487,7 +482,6 @@ def test_a_stopped_chain_names_its_stage(tmp_path: Path) -> None:
             "main": "kubectl",
             "stages": [
                 stage("dataset", 0, 1, "failed", error="kubectl.jsonl:7: empty output"),
-                stage("tune kubectl", 1, 0, "skipped"),
             ],
         },
     )
@@ -501,7 +495,7 @@ def test_a_stopped_chain_names_its_stage(tmp_path: Path) -> None:
 def test_a_stop_after_the_promotion_is_in_the_headline(tmp_path: Path) -> None:
     write_json(tmp_path / "runs/kubectl/evaluation.json", evaluation(True, "x"))
     write_json(tmp_path / "promotions/kubectl.json", {"adapter": "kubectl", "digest": "sha256:0"})
-    stages = [stage("serve", 0, 9), stage("stress", 9, 1, "failed", error="the router does not answer")]
+    stages = [stage("serving", 0, 9), stage("stress", 9, 1, "failed", error="the router does not answer")]
     write_json(tmp_path / "rehearsal.json", {"main": "kubectl", "stages": stages})
     found = report.build(tmp_path)
     headline = "kubectl beat its base and is promoted; the run stopped later, in stage stress"
