@@ -135,7 +135,7 @@ class Builder:
         return next((stage for stage in self.stages if stage.get("status") != GOOD), None)
 
     def why(self, section: str, otherwise: str) -> str:
-        """Why a whole section is missing: the stage of its name failed or was not reached, or `otherwise` (its file)."""
+        """Why a whole section is missing: its stage failed or was not reached, or `otherwise` (its file)."""
         stop = self.stopped()
         own = next((stage for stage in self.stages if stage.get("name") == section), None)
         if stop is None or (own and own is not stop):
