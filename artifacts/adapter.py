@@ -22,7 +22,7 @@ from common.lora import ADAPTER_NAME, MAX_LORA_RANK, vllm_lora_rank
 CARD_TYPE = "application/vnd.drydock.adapter.v1+json"
 PROMOTED = "promoted"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-REPORT_FILES = ("tuning.json", "evaluation.json", "canaries.json", "README.md")
+REPORT_FILES = ("spec.json", "tuning.json", "evaluation.json", "canaries.json", "README.md")
 
 # vllm/lora/peft_helper.py (0.32): inits that leave the base weights as they are.
 VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
