@@ -151,7 +151,7 @@ class Chain:
                 python("training", "check", spec.dataset, "--spec", path, "--json"), stdout=summary
             )
             if code != exits.OK:
-                raise StageFailed(f"{spec.dataset} has problems (above); nothing was tuned", code)
+                raise StageFailed("dataset or base have problems (above); nothing was tuned", code)
             found = read_json(summary)
             _say(f"  {spec.dataset}: {found['examples']:,} rows, {found['rejected']} rejected")
 
