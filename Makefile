@@ -57,4 +57,4 @@ lock: setup  ## resolve pyproject.toml anew into requirements/*.lock
 	  --custom-compile-command "make lock" -o requirements/$$group.lock $(UPGRADE) || exit 1; done
 
 clean:  ## remove what was installed and written
-	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -116,13 +116,15 @@ class Chain:
             problems.append(f"adapter: {', '.join(repeated)}: named by two settings files; give each its own name")
         if len(bases := {spec.base_model for spec in self.tuning}) > 1:
             problems.append(f"base_model: {', '.join(sorted(bases))}: the adapters of one pool share one base")
+        before = self.out / "rehearsal.json"
+        if not before.is_file() and any(path.name != ".lock" for path in self.out.iterdir()):
+            problems.append(f"--out: {self.out}: holds files of something else, which would be lost; name a new folder")
         if problems:
             raise SettingsError(problems)
-        before = self.out / "rehearsal.json"
         resume = before.is_file() and read_json(before).get("status") == "interrupted"
         for name in ("dataset", "registry", "replicas", "promotions", "stress", "drills", "logs"):
             shutil.rmtree(self.out / name, ignore_errors=True)
-        for name in ("rehearsal.json", "report.json", "report.html", "fleet.json", "serving.yaml"):
+        for name in ("report.json", "report.html", "fleet.json", "serving.yaml"):
             (self.out / name).unlink(missing_ok=True)
         if not resume:
             shutil.rmtree(self.out / "runs", ignore_errors=True)

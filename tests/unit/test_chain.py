@@ -87,6 +87,15 @@ def test_the_problems_of_all_settings_files_are_told_together(tmp_path: Path, se
     assert (tmp_path / "out" / "runs" / "a").is_dir(), "nothing was cleared for a rehearsal that cannot begin"
 
 
+def test_a_folder_with_other_peoples_files_is_left_alone(tmp_path: Path, settings: Callable[..., Path]) -> None:
+    """`--out .` in a project that has a folder `runs` or `logs` of its own must not cost it that folder."""
+    mine = tmp_path / "out" / "runs" / "years-of-work"
+    mine.mkdir(parents=True)
+    with pytest.raises(SettingsError, match="name a new folder"):
+        chain(tmp_path, settings("a"))._prepare()
+    assert mine.is_dir()
+
+
 def test_the_rehearsals_own_settings_fit_together(tmp_path: Path) -> None:
     specs = [load_settings(path, TuningSpec) for path in default_specs()]
     assert len(specs) >= 2
@@ -231,7 +240,7 @@ def test_what_an_earlier_rehearsal_left_never_shows_up_in_the_next_report(
 ) -> None:
     out = tmp_path / "out"
     for name in ("stress/load/summary.json", "drills/outage.json", "promotions/a.json", "registry/adapters/a/index.json",
-                 "report.json", "fleet.json", "dataset/a.json"):  # fmt: skip
+                 "rehearsal.json", "report.json", "fleet.json", "dataset/a.json"):  # fmt: skip
         write_json(out / name, {})
     write_json(out / "mine.json", {})
     chain(tmp_path, settings("a"))._prepare()
