@@ -17,7 +17,7 @@ import httpx
 import psutil
 import yaml
 
-from artifacts.adapter import promoted_digest
+from artifacts.adapter import promoted_digest, repository
 from artifacts.adapter import version as version_of
 from artifacts.store import open_store
 from common import exits
@@ -190,7 +190,8 @@ class Chain:
         for spec in self.tuning:
             command = python("training", "publish", "--run", self.run_folder(spec), "--store", self.store)
             self._do(command, f"publishing {spec.adapter} failed")
-            promoted_at = time.time()
+            # The moment the tag moved, not the later one at which the command had ended.
+            promoted_at = (self.store / repository(spec.adapter) / "index.json").stat().st_mtime
             digest = promoted_digest(open_store(str(self.store)), spec.adapter)
             if digest is None:
                 raise StageFailed(f"{spec.adapter} passed its gate, but its tag did not move")
