@@ -477,7 +477,7 @@ def render(root: Path, report: Json) -> str:
         marks=[(episode.name, plots.marks(episode)) for episode in shown],
         samples=samples,
         drills=DRILLS,
-        good=[GOOD],
+        good=GOOD,
     )
 
 
