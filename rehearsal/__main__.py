@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import logging
+import shlex
 import signal
 import sys
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from common import exits
+from common.chat import prompt_messages
+from common.files import read_jsonl
 from common.settings import SettingsError
 from rehearsal.chain import Chain, StageFailed, default_specs
 from rehearsal.processes import Processes
@@ -80,13 +84,14 @@ def _rehearse(chain: Chain, *, keep: bool) -> int:
 
 
 def _keep(chain: Chain) -> None:
+    """Leave the replicas up until Ctrl-C, with a question that they can be asked: one that tuning never saw."""
     assert chain.fleet
-    print(
-        f"""\nThe replicas stay up until Ctrl-C. Try:
-  curl {chain.fleet.router}/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"model": "{chain.tuning[0].adapter}", "messages": [{{"role": "user", "content": "restart maps in prod"}}]}}'""",
-        file=sys.stderr,
-    )
+    main = chain.tuning[0]
+    row = next(read_jsonl(chain.run_folder(main) / "held_out.jsonl"))
+    body = json.dumps({"model": main.adapter, "messages": prompt_messages(row), "temperature": 0})
+    print("\nThe replicas stay up until Ctrl-C. Try:", file=sys.stderr)
+    print(f"  curl {chain.fleet.router}/v1/chat/completions -H 'Content-Type: application/json' \\", file=sys.stderr)
+    print(f"    -d {shlex.quote(body)}", file=sys.stderr)
     try:
         while True:
             time.sleep(3600)
