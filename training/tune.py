@@ -62,6 +62,7 @@ def tune(spec: TuningSpec, out: Path, *, metrics_address: str | None = None, fre
         forget(out)
     if (done := finished(out, fingerprint)) is not None:
         log.info("already tuned with these settings, data and base: %s", out / "adapter")
+        write_json(out / "spec.json", spec.model_dump(mode="json"))  # the gate may ask for more now
         return done
 
     examples, dropped = encode_all(tuning_rows, load_tokenizer(folder), spec.max_seq_length)

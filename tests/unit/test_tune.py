@@ -219,6 +219,7 @@ def test_a_finished_run_is_not_tuned_again(
     monkeypatch.setattr(module, "load_model", _no_training)
     assert tune(spec(), copy) == finished[1]
     assert tune(spec(logging_steps=7, save_steps=9, gate={"min_gain": 0.5}), copy) == finished[1]
+    assert read_json(copy / "spec.json")["gate"]["min_gain"] == 0.5, "the evaluation must ask what is asked for now"
 
 
 def test_other_settings_in_the_folder_of_a_run_are_refused_and_destroy_nothing(
