@@ -64,7 +64,7 @@ def test_refuses_what_is_not_the_replica(sleeper: subprocess.Popen[bytes]) -> No
 
 
 def test_refuses_own_group_and_strangers_groups() -> None:
-    assert "own process group" in refusal(replica(os.getpgid(0), psutil.Process(os.getpgid(0)).create_time()))
+    assert "own process group" in refusal(replica(os.getpid()))
     with subprocess.Popen(SLEEP) as member:  # in this test's group
         assert "own process group" in refusal(replica(member.pid))
         member.kill()
