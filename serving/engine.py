@@ -66,7 +66,7 @@ def vllm_environment(spec: ServingSpec, *, state: Path | None = None) -> dict[st
     if spec.device == "cpu":
         variables |= {
             "VLLM_TARGET_DEVICE": "cpu",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins to the first core, as every other replica on the machine would
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins to the first core: two replicas would share it
             "OMP_NUM_THREADS": "1",  # more threads than cores spin against each other
         }
     return variables
