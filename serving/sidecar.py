@@ -174,7 +174,7 @@ class Sidecar:
         try:
             self.engine.load(name, folder)
         except EngineError as error:
-            # Final even as 500, which is what vLLM 0.32 answers to weights that it cannot use.
+            # Final even as 500: vLLM does not tell weights that it cannot use from trouble of its own.
             raise Refused(f"vLLM did not load it: {error}") from error
 
     def _prove(self, name: str, folder: Path) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,32 +131,31 @@ def test_a_fleet_that_is_not_ready_is_left_alone(tmp_path: Path, common: list[An
     assert read_json(tmp_path / "drills" / "outage.json")["failure"]
 
 
+@contextlib.contextmanager
+def drill_under_load(common: list[Any]) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A replica-loss drill whose load has begun, and the processes below it."""
+    command = [sys.executable, "-m", "stress", "drill", "replica-loss", *map(str, common), "--before-seconds", "30"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        while "load started" not in process.stderr.readline():
+            assert process.poll() is None
+        yield process, psutil.Process(process.pid).children(recursive=True)
+
+
 def test_sigterm_leaves_no_process(tmp_path: Path, common: list[Any]) -> None:
-    with FakeFleet(tmp_path, ttft_ms=20, itl_ms=5):
-        command = [sys.executable, "-m", "stress", "drill", "replica-loss", *map(str, common), "--before-seconds", "30"]
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr
-            while "load started" not in process.stderr.readline():
-                assert process.poll() is None
-            children = psutil.Process(process.pid).children(recursive=True)
-            assert children
-            os.kill(process.pid, signal.SIGTERM)
-            assert process.wait(10) == 143
-            for child in children:
-                child.wait(5)
+    with FakeFleet(tmp_path, ttft_ms=20, itl_ms=5), drill_under_load(common) as (process, children):
+        assert children
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(10) == 143
+        for child in children:
+            child.wait(5)
     assert [path.name for path in (tmp_path / "drills").iterdir()] == []
 
 
 def test_a_killed_drill_takes_its_load_with_it(tmp_path: Path, common: list[Any]) -> None:
-    with FakeFleet(tmp_path, ttft_ms=20, itl_ms=5):
-        command = [sys.executable, "-m", "stress", "drill", "replica-loss", *map(str, common), "--before-seconds", "30"]
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr
-            while "load started" not in process.stderr.readline():
-                assert process.poll() is None
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            deadline = time.monotonic() + 5
-            while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
-                assert time.monotonic() < deadline, "the load outlived its drill"
-                time.sleep(0.05)
+    with FakeFleet(tmp_path, ttft_ms=20, itl_ms=5), drill_under_load(common) as (process, children):
+        process.kill()
+        deadline = time.monotonic() + 5
+        while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+            assert time.monotonic() < deadline, "the load outlived its drill"
+            time.sleep(0.05)

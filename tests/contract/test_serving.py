@@ -162,10 +162,10 @@ def test_a_second_adapter_is_served_beside_the_first(promoted: str, work: Path, 
     assert replica.chat("kubectl", question(run)).json()["model"] == f"kubectl.{version(promoted)}"
 
 
-def test_weights_that_match_no_layer_are_refused_and_the_old_version_stays(
+def test_an_adapter_that_answers_as_the_base_is_refused_and_the_old_version_stays(
     promoted: str, good_run: Path, work: Path, replica: Replica
 ) -> None:
-    """vLLM loads such an adapter without an error and serves the base in its name (vLLM issue 34186)."""
+    """Weights without effect load without an error and serve the base in the adapter's name (vLLM issue 34186)."""
     broken = work / "runs" / "broken"
     shutil.copytree(good_run, broken)
     weights = load_file(broken / "adapter" / "adapter_model.safetensors")
