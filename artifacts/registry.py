@@ -1,9 +1,9 @@
 """The registry store: an OCI distribution API spoken with `requests`.
 
 `requests` and not the `oras` package, because that one (0.2.43) verifies no digest, has no timeouts, retries
-refusals for minutes, reads whole blobs into memory and cannot tag by digest. Sign-in: anonymous, or the name
-and password (or token) that `docker login` keeps in `config.json`; credential helpers are not run. Entra
-identity is not built in.
+refusals for minutes, reads whole blobs into memory and cannot tag by digest. Sign-in, in this order: the name and
+password (or token) that `docker login` keeps in `config.json` for the host (credential helpers are not run), the Entra
+identity of this process where the registry is Azure's, anonymous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ipaddress
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from requests.utils import parse_dict_header
 
+from artifacts.entra import EntraSignIn, Unreachable
 from artifacts.store import (
     MANIFEST_LIMIT_BYTES,
     MANIFEST_TYPE,
@@ -57,7 +58,11 @@ class RegistryStore(Store):
         self._session = requests.Session()
         self._session.trust_env = not local  # a proxy cannot reach this machine's own loopback
         self._session.auth = lambda request: request  # or requests would take a password from ~/.netrc
-        self._authorization: dict[str, str] = {}  # by repository, for bearer tokens are scoped to one
+        # By repository and whether it writes: a bearer token is for that much, and a registry may answer 403, without
+        # saying what to ask for, to one that is good for less.
+        self._authorization: dict[tuple[str, bool], str] = {}
+        self._entra = EntraSignIn(self.host)
+        self._entra_scopes: dict[tuple[str, bool], str] = {}  # what was asked of Entra, for the words of a refusal
 
     def tags(self, repository: str) -> dict[str, str]:
         names = self._list(f"{self._api(repository)}/tags/list", "tags", repository)
@@ -170,12 +175,13 @@ class RegistryStore(Store):
         allow: tuple[int, ...] = (),
     ) -> requests.Response:
         """One request, signed in if the registry asks for it. Raises `_Passing`, or `StoreError` for good."""
+        purpose = (repository, method not in ("GET", "HEAD"))
         for signed_in in (False, True):
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
             # An upload's address may lie on another host: the sign-in is for the registry alone.
-            ours = urlsplit(address).netloc == self.host and repository in self._authorization
-            signed = {"Authorization": self._authorization[repository]} if ours else {}
+            ours = urlsplit(address).netloc == self.host and purpose in self._authorization
+            signed = {"Authorization": self._authorization[purpose]} if ours else {}
             try:
                 response = self._session.request(
                     method,
@@ -196,8 +202,8 @@ class RegistryStore(Store):
                 raise _Passing(f"{method} {address}: {error}") from error
             # Only the registry itself may ask: not a storage host that it sent us to.
             if response.status_code == 401 and not signed_in and urlsplit(response.url).netloc == self.host:
-                self._authorization[repository] = self._sign_in(response)
                 response.close()
+                self._authorization[purpose] = self._sign_in(response, method, purpose)
                 continue
             break
         if response.status_code < 300 or response.status_code in allow:
@@ -206,10 +212,15 @@ class RegistryStore(Store):
         response.close()
         if response.status_code == 429 or response.status_code >= 500:
             raise _Passing(text)
+        at_home = ours and urlsplit(response.url).netloc == self.host
+        if response.status_code in (401, 403) and at_home and purpose in self._entra_scopes:
+            text += f": {self._entra.lacking(method, self._entra_scopes[purpose])}"
+            self._entra.forget()
+            del self._authorization[purpose], self._entra_scopes[purpose]
         raise StoreError(f"{self.url}: {text}")
 
-    def _sign_in(self, refused: requests.Response) -> str:
-        """The `Authorization` header that answers a 401: Basic, or a token got with Basic or anonymously."""
+    def _sign_in(self, refused: requests.Response, method: str, purpose: tuple[str, bool]) -> str:
+        """The `Authorization` header that answers a 401: Basic, or a token got with Basic, by Entra or anonymously."""
         challenge = refused.headers.get("WWW-Authenticate", "")
         kind, _, rest = challenge.partition(" ")
         basic, source = _docker_login(self.host)
@@ -220,6 +231,14 @@ class RegistryStore(Store):
             realm = urlsplit(wanted.get("realm") or "")
             if realm.scheme != "https" and not _is_loopback(realm.hostname or ""):
                 raise StoreError(f"{self.url}: will not send a sign-in to {realm.geturl()!r}: it is not HTTPS")
+            if not basic and self._entra.answers(realm):
+                scope = wanted.get("scope") or ""
+                try:
+                    bearer = self._entra.bearer(self._post_form, wanted.get("service") or self.host, scope, method)
+                except Unreachable as error:
+                    raise _Passing(f"sign-in: {error}") from error
+                self._entra_scopes[purpose] = scope
+                return f"Bearer {bearer}"
             asked = {key: wanted[key] for key in ("service", "scope") if wanted.get(key)}
             headers = {"Authorization": f"Basic {basic}"} if basic else {}
             try:
@@ -234,6 +253,18 @@ class RegistryStore(Store):
                     return f"Bearer {token}"
         used = f"the sign-in in {source} was refused" if basic else f"{source} has no sign-in for {self.host}"
         raise StoreError(f"{self.url}: the registry asks for a sign-in ({kind or 'unnamed'}); {used}: run docker login")
+
+    def _post_form(self, path: str, fields: Mapping[str, str | Sequence[str]]) -> requests.Response:
+        """The registry's answer to a form, which holds a token: so it follows no redirect to another host."""
+        try:
+            answer = self._session.post(
+                self._base + path, data=fields, timeout=(CONNECT_SECONDS, READ_SECONDS), allow_redirects=False
+            )
+        except requests.RequestException as error:
+            raise _Passing(f"sign-in at {self.host}{path}: {error}") from error
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise _Passing(f"sign-in at {self.host}{path}: {answer.status_code} {answer.reason}")
+        return answer
 
 
 def _retrying(action: Callable[[], Result], where: str) -> Result:
@@ -269,7 +300,8 @@ def _told(response: requests.Response) -> str:
 
 def _docker_login(host: str) -> tuple[str | None, Path]:
     """The base64 `name:password` that Docker keeps for `host`, if any, and the file looked into."""
-    path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    # Not Path.home(): it fails for a container's user that has neither HOME nor an entry in /etc/passwd.
+    path = Path(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")) / "config.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8")).get("auths") or {}
     except FileNotFoundError:
@@ -277,6 +309,8 @@ def _docker_login(host: str) -> tuple[str | None, Path]:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: cannot be read as Docker's JSON settings: {error}") from None
     entry = entries.get(host) or entries.get(f"https://{host}") or {}
+    if entry.get("identitytoken"):  # left by `az acr login` for three hours, beside a name without a password
+        return None, path
     if entry.get("auth"):
         try:
             base64.b64decode(entry["auth"], validate=True)

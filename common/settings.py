@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -86,8 +87,9 @@ def explain(
     *,
     path: Path | None = None,
     lines: dict[tuple[str, ...], int] | None = None,
+    hidden: Collection[str] = (),
 ) -> list[str]:
-    """One line a problem: where, what was found, what to write instead."""
+    """One line a problem: where, what was found, what to write instead; values below keys `hidden` are not shown."""
     told = []
     for item in error.errors():
         place = tuple(str(part) for part in item["loc"])
@@ -99,21 +101,43 @@ def explain(
         elif item["type"] == "missing":
             text = f"{name}: required, but absent"
         else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            text = f"{name}: {message[0].lower() + message[1:]}, found {_shown(item['input'])}"
+            message, value = item["msg"].removeprefix("Value error, ").removeprefix("Input "), item["input"]
+            if item["type"] != "value_error":  # pydantic's own words; ours may begin with a name
+                message = message[0].lower() + message[1:]
+            if item["type"] == "value_error" and isinstance(value, str) and value in message:
+                text = f"{name}: {message}"
+            else:
+                text = f"{name}: {message}, found {'a secret' if place and place[0] in hidden else _shown(value)}"
         told.append(where + text)
     return told
 
 
+def key_lines(path: Path) -> dict[tuple[str, ...], int]:
+    """The line of every key in the YAML file `path`, by its place; empty when the file is not YAML."""
+    lines: dict[tuple[str, ...], int] = {}
+    try:
+        _index(yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader), (), lines, path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return lines
+
+
 def _fields(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:
     """The names that may stand at `place` in `model`."""
+    kind: Any = model
     for part in place:
-        field = model.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(part)
+            kind = field.annotation if field else None
+        else:
+            kind = _values_of(kind)
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _values_of(kind: Any) -> Any:
+    """What stands below a key of a `dict[str, Model]`, None for anything else."""
+    arguments = get_args(kind)
+    return arguments[1] if get_origin(kind) is dict and len(arguments) == 2 else None
 
 
 def _nearest(name: str, known: list[str]) -> str:

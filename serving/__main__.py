@@ -27,8 +27,13 @@ one replica is two processes that share a folder (--state):
   python -m serving sidecar --spec serving.yaml --state STATE --engine http://127.0.0.1:8000
 in front of the replicas:
   python -m serving router  --port 8080 --replica http://10.0.0.4:8000 --replica http://10.0.0.5:8000
+  python -m serving router  --host 0.0.0.0 --port 8080 --selector app=engine --namespace serving     in Kubernetes
 before anything is served:
   python -m serving evaluate --spec serving.yaml --run runs/my-adapter
+  python -m serving evaluate --spec serving.yaml --run runs/my-adapter --store oci://HOST/PREFIX     and publish it
+environment:
+  DRYDOCK_CACHE     the one folder that vLLM may write to, where the root file system is read-only
+  DRYDOCK_API_KEYS  as --api-keys of the engine
 """
 
 
@@ -44,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     engine.add_argument("--state", type=Path, required=True, help="folder shared with the sidecar")
     engine.add_argument("--host", default="127.0.0.1")
     engine.add_argument("--port", type=int, default=8000)
+    engine.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="JSON object of client name to the SHA-256 of its key in hex; read again when it changes [no key needed]",
+    )
 
     sidecar = commands.add_parser("sidecar", help="follow the promoted tags for one engine")
     sidecar.add_argument("--spec", type=Path, required=True)
@@ -58,7 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     router.add_argument("--host", default="127.0.0.1")
     router.add_argument("--port", type=int, default=8080)
     router.add_argument("--metrics-port", type=int, default=29000)
-    router.add_argument("--replica", action="append", required=True, metavar="URL")
+    replicas = router.add_mutually_exclusive_group(required=True)
+    replicas.add_argument("--replica", action="append", metavar="URL")
+    replicas.add_argument(
+        "--selector", action="append", type=_label, metavar="KEY=VALUE", help="a label of the pods, or several"
+    )
+    router.add_argument("--namespace", help="of the pods")
+    router.add_argument("--replica-port", type=int, default=8000, help="of the pods [%(default)s]")
 
     evaluate = commands.add_parser("evaluate", help="compare tuned adapters with their base; exit 3: gate not passed")
     evaluate.add_argument("--spec", type=Path, required=True)
@@ -66,12 +83,24 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--server", help="a running server that has the runs as candidate-NAME [starts its own]")
     evaluate.add_argument("--port", type=int, default=8000, help="of the server that it starts [%(default)s]")
     evaluate.add_argument("--log", type=Path, help="where that server's output goes [a file in the first run]")
+    evaluate.add_argument(
+        "--store", help="publish each run there once it is evaluated, promoted if it passed [publish nothing]"
+    )
 
     arguments = parser.parse_args(argv)
+    if arguments.command == "router" and bool(arguments.selector) != bool(arguments.namespace):
+        router.error("--selector and --namespace go together")
     command = {"engine": _engine, "sidecar": _sidecar, "router": _router, "evaluate": _evaluate}[arguments.command]
     return cli.run(
         command, arguments, log_format="%(asctime)s %(message)s", failures=(EngineError, StoreError, httpx.HTTPError)
     )
+
+
+def _label(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, such as app=engine")
+    return text
 
 
 def _engine(arguments: argparse.Namespace) -> int:
@@ -82,7 +111,8 @@ def _engine(arguments: argparse.Namespace) -> int:
     prepare(arguments.state)
     command = vllm_command(spec, host=arguments.host, port=arguments.port)
     # exec: the container's PID 1 must be vLLM itself, or SIGTERM would not reach it and no request would drain.
-    os.execve(command[0], command, os.environ | vllm_environment(spec, state=arguments.state))
+    environment = vllm_environment(spec, state=arguments.state, api_keys=arguments.api_keys)
+    os.execve(command[0], command, os.environ | environment)
 
 
 def _sidecar(arguments: argparse.Namespace) -> int:
@@ -111,9 +141,10 @@ def _sidecar(arguments: argparse.Namespace) -> int:
 
 
 def _router(arguments: argparse.Namespace) -> int:
-    from serving.router import router_command
+    from serving.router import Pods, router_command
 
-    command = router_command(arguments.replica, arguments.host, arguments.port, arguments.metrics_port)
+    pods = Pods(arguments.selector or (), arguments.namespace or "", arguments.replica_port)
+    command = router_command(arguments.replica or pods, arguments.host, arguments.port, arguments.metrics_port)
     os.execv(command[0], command)
 
 
@@ -124,18 +155,42 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.TERMINATED))  # unwinds, so that `_server` ends its vLLM
     spec = load_settings(arguments.spec, ServingSpec)
     runs = [open_run(folder) for folder in arguments.run]
+    if arguments.store:
+        _check_store(arguments.store)
 
     def judge(url: str, runs: list[Run]) -> int:
+        passed = []
         with Engine(url) as engine:
-            results = [evaluate(run, engine, spec.base_name) for run in runs]
-        for run, result in zip(runs, results, strict=True):
-            print(f"{run.spec.adapter}: {result['verdict']}")
-        return exits.OK if all(result["passed"] for result in results) else exits.GATE
+            for run in runs:
+                result = evaluate(run, engine, spec.base_name)
+                passed.append(result["passed"])
+                print(f"{run.spec.adapter}: {result['verdict']}")
+                if arguments.store:
+                    _publish(run.folder, arguments.store)
+        return exits.OK if all(passed) else exits.GATE
 
     if arguments.server:
         return judge(arguments.server, runs)
     with _server(spec, runs, arguments.port, arguments.log or runs[0].folder / "vllm.log") as url:
         return judge(url, runs)
+
+
+def _check_store(url: str) -> None:
+    """A mistyped address is told before the evaluation, not after it."""
+    from artifacts.store import open_store
+
+    try:
+        open_store(url)
+    except ValueError as error:
+        raise SettingsError([f"--store: {error}"]) from error
+
+
+def _publish(run: Path, store: str) -> None:
+    from training.publish import publish
+
+    published = publish(run, store)
+    state = "promoted" if published.promoted else "a candidate that nobody serves"
+    print(f"{published.name} {published.version} {published.digest}: published, {state}")
 
 
 @contextmanager

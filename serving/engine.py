@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import urllib.error
@@ -48,8 +49,11 @@ def vllm_command(
     return command
 
 
-def vllm_environment(spec: ServingSpec, *, state: Path | None = None) -> dict[str, str]:
-    """Environment variables that `vllm_command` needs on top of the process's own."""
+def vllm_environment(spec: ServingSpec, *, state: Path | None = None, api_keys: Path | None = None) -> dict[str, str]:
+    """Environment variables that `vllm_command` needs on top of the process's own.
+
+    `DRYDOCK_CACHE` in the process's own names the one folder that may be written to.
+    """
     variables = {
         "VLLM_NO_USAGE_STATS": "1",  # nothing leaves the cluster
         "VLLM_MAX_N_SEQUENCES": "64",  # the default lets one request ask for 16384 answers
@@ -63,6 +67,11 @@ def vllm_environment(spec: ServingSpec, *, state: Path | None = None) -> dict[st
             "DRYDOCK_MAX_REQUEST_BYTES": str(spec.max_request_kib * 1024),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # the request layer lets only the sidecar through
         }
+    if api_keys is not None:
+        # Not resolved: a Secret's files are links, which lead elsewhere after each change of it.
+        variables["DRYDOCK_API_KEYS"] = str(api_keys.absolute())
+    if "DRYDOCK_CACHE" in os.environ:
+        variables |= cache_environment(Path(os.environ["DRYDOCK_CACHE"]))
     if spec.device == "cpu":
         variables |= {
             "VLLM_TARGET_DEVICE": "cpu",
@@ -70,6 +79,29 @@ def vllm_environment(spec: ServingSpec, *, state: Path | None = None) -> dict[st
             "OMP_NUM_THREADS": "1",  # more threads than cores spin against each other
         }
     return variables
+
+
+def cache_environment(folder: Path) -> dict[str, str]:
+    """Variables that send whatever vLLM and the libraries below it write into `folder`, whose `tmp` is made here.
+
+    For a container with a read-only root, run by a user that has no home and no entry in /etc/passwd. TRITON_CACHE_DIR
+    is left alone: unless it is set, vLLM keeps Triton's kernels beside the compiled graphs that use them.
+    """
+    folder = folder.absolute()
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    return {
+        "HOME": str(folder),  # for libraries that know none of the variables below
+        "USER": "drydock",  # getpass.getuser() asks /etc/passwd, and fails, where neither of these two is set
+        "LOGNAME": "drydock",
+        "TMPDIR": str(folder / "tmp"),  # sockets between vLLM's processes
+        "XDG_CACHE_HOME": str(folder / "xdg"),
+        "XDG_CONFIG_HOME": str(folder / "config"),
+        "VLLM_CACHE_ROOT": str(folder / "vllm"),  # compiled graphs: what makes the next start short
+        "VLLM_CONFIG_ROOT": str(folder / "config" / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "CUDA_CACHE_PATH": str(folder / "cuda"),
+        "HF_HOME": str(folder / "huggingface"),
+    }
 
 
 def wait_until_ok(url: str, *, timeout_seconds: float, alive: Callable[[], bool] = lambda: True) -> float:

@@ -1,4 +1,4 @@
-"""The request layer inside the vLLM process (`--middleware`): open routes, aliases, readiness. No hop of its own.
+"""The request layer inside the vLLM process (`--middleware`): routes, keys, aliases, readiness. No hop of its own.
 
 vLLM serves far more routes than clients need, some of which load adapters or run arbitrary RPCs, and its API key
 guards only a part of them. Here a route is closed unless this file opens it.
@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from serving.keys import Keys, without_key
 from serving.state import TOKEN_HEADER, Aliases, AliasReader, loaded_name, new_boot, prepare, read_token
 
 Message = MutableMapping[str, Any]
@@ -23,6 +24,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 GENERATE = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
 OPEN = GENERATE | {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics")}
+KEYED = GENERATE | {("GET", "/v1/models")}  # the others are for kubelet and Prometheus, which have no key
 SIDECAR_ONLY = {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")}
 
 # Seen with vLLM 0.32 and --enable-lora: prompt log-probabilities beside another request in the batch end in a shape
@@ -41,6 +43,8 @@ class RequestLayer:
         prepare(folder)
         self.token = read_token(folder).encode()
         self.aliases = AliasReader(folder, new_boot(folder))
+        api_keys = os.environ.get("DRYDOCK_API_KEYS")
+        self.keys = None if api_keys is None else Keys(Path(api_keys))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,6 +57,8 @@ class RequestLayer:
             await self.app(scope, receive, send)
         elif route not in OPEN:
             await _error(send, 404, f"{route[0]} {route[1]} is not served here", "not_found")
+        elif self.keys and route in KEYED and (refusal := self.keys.refusal(scope["headers"])):
+            await _error(send, 401, refusal, "invalid_api_key", (b"www-authenticate", b"Bearer"))
         elif route == ("GET", "/ready"):
             await self._ready(send)
         elif route == ("GET", "/v1/models"):
@@ -110,7 +116,10 @@ class RequestLayer:
         elif model != self.base_name and model not in names.values():
             known = ", ".join([self.base_name, *names])
             return await _error(send, 404, f"model {model!r} does not exist; served here: {known}", "model_not_found")
-        await self.app(_resized(scope, body), _replay(body, receive), send)
+        forwarded = _resized(scope, body)
+        if self.keys:
+            forwarded["headers"] = without_key(forwarded["headers"])
+        await self.app(forwarded, _replay(body, receive), send)
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:
@@ -150,15 +159,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _error(send: Send, status: int, message: str, code: str) -> None:
+async def _error(send: Send, status: int, message: str, code: str, *headers: tuple[bytes, bytes]) -> None:
     """An answer in the shape of OpenAI's errors."""
-    await _json(
-        send, status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-    )
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    await _json(send, status, {"error": error}, *headers)
 
 
-async def _json(send: Send, status: int, value: Any) -> None:
+async def _json(send: Send, status: int, value: Any, *more: tuple[bytes, bytes]) -> None:
     body = json.dumps(value).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -34,11 +34,9 @@ class GateSpec(Settings):
         return self
 
 
-class TuningSpec(Settings):
-    """One LoRA tuning run, by the familiar names of transformers and peft."""
+class TuningSettings(Settings):
+    """What a person chooses for one adapter, by the familiar names of transformers and peft."""
 
-    adapter: AdapterName = Field(description="The alias that clients will put into `model`.")
-    base_model: str = Field(min_length=1, description="Folder of the base model (config, weights, tokenizer).")
     dataset: str = Field(min_length=1, description="JSON Lines file of instruction/input/output or messages rows.")
 
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
@@ -63,6 +61,13 @@ class TuningSpec(Settings):
     logging_steps: int = Field(5, ge=1, description="Optimiser steps between two recorded measurements.")
     save_steps: int = Field(50, ge=1, description="Optimiser steps between two checkpoints.")
     gate: GateSpec = Field(default_factory=GateSpec, description="What the adapter must prove before it is served.")
+
+
+class TuningSpec(TuningSettings):
+    """One LoRA tuning run: the settings of an adapter, its name, and the base it is tuned on."""
+
+    adapter: AdapterName = Field(description="The alias that clients will put into `model`.")
+    base_model: str = Field(min_length=1, description="Folder of the base model (config, weights, tokenizer).")
 
     def fingerprint(self, *, dataset_digest: str, base_revision: str) -> str:
         """Hex SHA-256 of everything that decides the weights: settings, data and base, not how often it logs.

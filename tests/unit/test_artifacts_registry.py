@@ -6,14 +6,18 @@ import base64
 import hashlib
 import json
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from azure.core.exceptions import ClientAuthenticationError, ServiceRequestError
 
-from artifacts import registry
+from artifacts import entra, registry
 from artifacts.store import (
     MANIFEST_TYPE,
     TITLE,
@@ -89,6 +93,7 @@ def _running() -> Iterator[Server]:
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(registry, "BACKOFF_SECONDS", 0.0)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.delenv("AZURE_FEDERATED_TOKEN_FILE", raising=False)
     with _running() as server:
         yield server
 
@@ -322,3 +327,231 @@ def test_only_loopback_is_plain() -> None:
         store = open_store(f"oci://{host}/p")
         assert isinstance(store, registry.RegistryStore)
         assert store._base == f"{scheme}://{host}"
+
+
+# Entra.
+
+
+class Azure:
+    """A registry that lets in only whom its own token endpoint let in, as Azure's does, with its Entra beside it."""
+
+    def __init__(self, server: Server, contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server, self.contents = server, contents
+        self.issued = 0  # a token is good for the scope it was made for, and only until the next `expire`
+        self.good: dict[str, str] = {}
+        self.refresh_tokens: set[str] = set()
+        self.entra_asked: list[tuple[str, ...]] = []
+        self.denied: set[str] = set()  # pull or push
+        self.forms: list[tuple[str, dict[str, list[str]]]] = []
+        self.error: Exception | None = None
+        server.script = self
+        monkeypatch.setenv("AZURE_FEDERATED_TOKEN_FILE", "/var/run/token")
+        monkeypatch.setenv("AZURE_CLIENT_ID", "client-1")
+        monkeypatch.setenv("AZURE_TENANT_ID", "tenant-1")
+        monkeypatch.setattr(entra, "credential", lambda: self)
+
+    def get_token(self, *scopes: str) -> SimpleNamespace:
+        if self.error:
+            raise self.error
+        self.entra_asked.append(scopes)
+        return SimpleNamespace(token=f"SECRET-entra-{len(self.entra_asked)}")
+
+    def expire(self, *, refresh: bool) -> None:
+        self.good.clear()
+        if refresh:
+            self.refresh_tokens.clear()
+
+    def __call__(self, request: Request) -> None:
+        host = self.server.host
+        if request.path.startswith("/oauth2/"):
+            if request.method == "GET":  # with a name and password
+                return request.answer(401)
+            form = parse_qs(request.body.decode())
+            self.forms.append((request.path, form))
+            if request.path == "/oauth2/exchange":
+                if form["access_token"][0] != f"SECRET-entra-{len(self.entra_asked)}" or "exchange" in self.denied:
+                    return self._unauthorized(request, form["access_token"][0])
+                self.issued += 1
+                self.refresh_tokens.add(f"SECRET-refresh-{self.issued}")
+                return request.answer(200, json.dumps({"refresh_token": f"SECRET-refresh-{self.issued}"}).encode())
+            if form["refresh_token"][0] not in self.refresh_tokens:
+                return self._unauthorized(request, form["refresh_token"][0])
+            self.issued += 1
+            self.good[f"Bearer SECRET-bearer-{self.issued}"] = form["scope"][0].rpartition(":")[2]
+            return request.answer(200, json.dumps({"access_token": f"SECRET-bearer-{self.issued}"}).encode())
+        wanted = "pull" if request.method in ("GET", "HEAD") else "pull,push"
+        scope = f"repository:team/x:{wanted}"
+        given = self.good.get(request.headers.get("Authorization", ""))
+        if given and given != wanted:
+            return request.answer(403, b'{"errors": [{"code": "DENIED", "message": "this token is good for less"}]}')
+        if not given:
+            challenge = f'Bearer realm="http://{host}/oauth2/token",service="{host}",scope="{scope}"'
+            return request.answer(401, WWW_Authenticate=challenge)
+        if wanted in self.denied:
+            return request.answer(403, b'{"errors": [{"code": "DENIED", "message": "not for you"}]}')
+        if wanted == "pull":
+            return self.contents(request)
+        return request.answer(201)
+
+    @staticmethod
+    def _unauthorized(request: Request, token: str) -> None:
+        """As bad as can be: what was sent comes back in the text."""
+        request.answer(401, json.dumps({"errors": [{"code": "UNAUTHORIZED", "message": f"not {token}"}]}).encode())
+
+
+@pytest.fixture
+def azure(server: Server, monkeypatch: pytest.MonkeyPatch) -> Azure:
+    return Azure(server, Contents(), monkeypatch)
+
+
+def _tokens(azure: Azure) -> list[str]:
+    return [path.rpartition("/")[2] for path, _ in azure.forms]
+
+
+def test_entra_signs_in_to_azures_registry_for_what_was_asked(azure: Azure) -> None:
+    assert open_store(azure.server.url).inspect("x", "promoted").digest == azure.contents.digest
+    assert azure.entra_asked == [("https://containerregistry.azure.net/.default",)]
+    host = azure.server.host
+    assert azure.forms == [
+        ("/oauth2/exchange", {"grant_type": ["access_token"], "service": [host], "access_token": ["SECRET-entra-1"],
+                              "tenant": ["tenant-1"]}),
+        ("/oauth2/token", {"grant_type": ["refresh_token"], "service": [host], "scope": ["repository:team/x:pull"],
+                           "refresh_token": ["SECRET-refresh-1"]}),
+    ]  # fmt: skip
+    assert sum("Authorization" not in request.headers for request in azure.server.seen) == 3, "the rest is signed in"
+
+
+def test_writing_asks_for_a_token_that_may_write(azure: Azure) -> None:
+    store = open_store(azure.server.url)
+    store.inspect("x", "promoted")
+    store.tag("x", azure.contents.digest, "promoted")
+    assert _tokens(azure) == ["exchange", "token", "token"]
+    assert azure.forms[-1][1]["scope"] == ["repository:team/x:pull,push"]
+
+
+def test_an_ended_token_is_renewed_from_the_refresh_token_and_that_one_from_entra(azure: Azure) -> None:
+    store = open_store(azure.server.url)
+    store.inspect("x", "promoted")
+    azure.forms.clear()
+    azure.expire(refresh=False)
+    store.inspect("x", "promoted")
+    assert _tokens(azure) == ["token"]
+    azure.forms.clear()
+    azure.expire(refresh=True)
+    store.inspect("x", "promoted")
+    assert _tokens(azure) == ["token", "exchange", "token"]
+    assert len(azure.entra_asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("denied", "act", "role"),
+    [
+        ("exchange", "read", r"refused the Entra token \(401 Unauthorized UNAUTHORIZED\)"),
+        ("pull", "read", r"HEAD .* 403 Forbidden"),
+        ("pull,push", "write", r"PUT .* 403 Forbidden: DENIED not for you"),
+    ],
+)
+def test_a_refusal_names_the_role_and_never_a_token(
+    azure: Azure, caplog: pytest.LogCaptureFixture, denied: str, act: str, role: str
+) -> None:
+    caplog.set_level("DEBUG")
+    azure.denied = {denied}
+    store = open_store(azure.server.url)
+    with pytest.raises(StoreError, match=role) as caught:
+        store.inspect("x", "promoted") if act == "read" else store.tag("x", azure.contents.digest, "promoted")
+    needed = {"read": ("AcrPull", "Repository Reader"), "write": ("AcrPush", "Repository Writer")}[act]
+    assert all(name in str(caught.value) for name in (*needed, "client id client-1", azure.server.host))
+    chain = "".join(traceback.format_exception(caught.value))
+    assert "SECRET" not in chain + caplog.text
+    azure.denied, before = set(), len(azure.entra_asked)
+    store.inspect("x", "promoted")  # the role was granted: tokens made before it are not used again
+    store.tag("x", azure.contents.digest, "promoted")
+    assert len(azure.entra_asked) == before + 1
+
+
+def test_without_an_entra_token_the_remedy_is_told(azure: Azure) -> None:
+    azure.error = ClientAuthenticationError(message="AADSTS70021: no matching federated identity\nmore\nand more")
+    with pytest.raises(StoreError, match=r"AADSTS70021: no matching federated identity; in a pod, .* az login") as told:
+        open_store(azure.server.url).inspect("x", "promoted")
+    assert "and more" not in str(told.value)
+    azure.error = ServiceRequestError("no route")
+    with pytest.raises(StoreError, match=r"gave up after 4 attempts: sign-in: Entra: no route"):
+        open_store(azure.server.url).inspect("x", "promoted")
+
+
+def test_dockers_own_sign_in_comes_first_unless_it_is_what_az_left(azure: Azure, tmp_path: Path) -> None:
+    _docker_login(tmp_path, azure.server.host)
+    with pytest.raises(StoreError, match=r"the sign-in in .* was refused"):
+        open_store(azure.server.url).inspect("x", "promoted")
+    assert not azure.entra_asked
+    entry = {"auth": base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode(), "identitytoken": "ended"}
+    (tmp_path / "docker" / "config.json").write_text(json.dumps({"auths": {azure.server.host: entry}}))
+    assert open_store(azure.server.url).inspect("x", "promoted").digest == azure.contents.digest
+
+
+@pytest.mark.parametrize(
+    ("host", "realm", "pod", "answers"),
+    [
+        ("a.azurecr.io", "https://a.azurecr.io/oauth2/token", False, True),
+        ("r.test", "https://r.test/oauth2/token", True, True),
+        ("r.test", "https://r.test/oauth2/token", False, False),
+        ("a.azurecr.io", "https://b.azurecr.io/oauth2/token", True, False),
+        ("a.azurecr.io", "https://a.azurecr.io/token", True, False),
+        ("azurecr.io.test", "https://azurecr.io.test/oauth2/token", False, False),
+    ],
+)
+def test_an_entra_token_goes_to_nobody_but_the_registry_itself(
+    monkeypatch: pytest.MonkeyPatch, host: str, realm: str, pod: bool, answers: bool
+) -> None:
+    monkeypatch.delenv("AZURE_FEDERATED_TOKEN_FILE", raising=False)
+    if pod:
+        monkeypatch.setenv("AZURE_FEDERATED_TOKEN_FILE", "/var/run/token")
+    assert entra.EntraSignIn(host).answers(urlsplit(realm)) is answers
+
+
+def test_a_form_with_a_token_follows_no_redirect(azure: Azure) -> None:
+    with _running() as elsewhere:
+        plain = azure.server.script
+
+        def script(request: Request) -> None:
+            if request.path == "/oauth2/exchange":
+                request.answer(307, Location=f"http://{elsewhere.host}/oauth2/exchange")
+            else:
+                plain(request)
+
+        azure.server.script = script
+        with pytest.raises(StoreError, match="307"):
+            open_store(azure.server.url).inspect("x", "promoted")
+        assert not elsewhere.seen
+
+
+def test_in_a_pod_it_is_the_pods_identity_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    import azure.identity
+
+    made: list[str] = []
+    for name in ("WorkloadIdentityCredential", "DefaultAzureCredential"):
+        monkeypatch.setattr(azure.identity, name, lambda name=name: made.append(name))
+    monkeypatch.setenv("AZURE_FEDERATED_TOKEN_FILE", "/var/run/token")
+    entra.credential()
+    monkeypatch.delenv("AZURE_FEDERATED_TOKEN_FILE")
+    entra.credential()
+    assert made == ["WorkloadIdentityCredential", "DefaultAzureCredential"]
+
+
+def test_a_half_configured_pod_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_FEDERATED_TOKEN_FILE", "/var/run/token")
+    with pytest.raises(StoreError, match=r"not fully configured: .*'tenant_id', 'client_id'"):
+        entra.credential()
+
+
+def test_a_user_without_a_home_has_no_docker_sign_in(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOCKER_CONFIG")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 10001)
+    with pytest.raises(NotFound):
+        open_store(server.url).resolve("x", "promoted")
+    server.script = lambda request: request.answer(401, WWW_Authenticate='Basic realm="x"')
+    with pytest.raises(StoreError, match="has no sign-in for"):
+        open_store(server.url).resolve("x", "promoted")

@@ -116,6 +116,33 @@ def test_a_cpu_replica_is_not_pinned_to_the_core_of_the_other(tmp_path: Path) ->
 # Asking a server.
 
 
+def test_keys_are_read_where_the_secret_is_mounted_not_where_its_links_lead_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "..0").mkdir()
+    (tmp_path / "..0" / "keys").touch()
+    (tmp_path / "keys").symlink_to("..0/keys")
+    assert vllm_environment(spec(), api_keys=Path("keys"))["DRYDOCK_API_KEYS"] == f"{tmp_path}/keys"
+    assert "DRYDOCK_API_KEYS" not in vllm_environment(spec())
+
+
+def test_on_a_read_only_root_everything_is_written_below_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DRYDOCK_CACHE", raising=False)
+    plain = vllm_environment(spec())
+    assert not {"HOME", "TMPDIR", "USER"} & plain.keys(), "on a laptop they stay as they are"
+    monkeypatch.setenv("DRYDOCK_CACHE", str(tmp_path / "cache"))
+    added = {name: value for name, value in vllm_environment(spec()).items() if name not in plain}
+    folders = {name: Path(value) for name, value in added.items() if name not in ("USER", "LOGNAME")}
+    assert {"HOME", "TMPDIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "HF_HOME"} <= folders.keys()
+    assert all(folder.is_relative_to(tmp_path / "cache") for folder in folders.values())
+    assert folders["TMPDIR"].is_dir(), "Python falls back to /tmp where TMPDIR does not exist"
+    assert added["USER"] and added["LOGNAME"]
+    assert "TRITON_CACHE_DIR" not in added
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     replies: dict[str, Any]  # path -> (status, value), or a function of the request's body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import os
@@ -105,6 +106,7 @@ def layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Layer]:
     monkeypatch.setenv("DRYDOCK_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("DRYDOCK_BASE_NAME", "base")
     monkeypatch.setenv("DRYDOCK_MAX_REQUEST_BYTES", str(LIMIT))
+    monkeypatch.delenv("DRYDOCK_API_KEYS", raising=False)
     yield Layer(tmp_path / "state")
 
 
@@ -344,6 +346,73 @@ def test_lifespan_passes_and_websockets_do_not(layer: Layer) -> None:
     for kind in ("lifespan", "websocket"):
         asyncio.run(layer.app({"type": kind, "path": "/v1/realtime", "headers": []}, nothing, send))
     assert [scope["type"] for scope in layer.inner.scopes] == ["lifespan"]
+
+
+# API keys.
+
+
+@pytest.fixture
+def keyed(layer: Layer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layer:
+    """A layer that knows one client, whose key is `key-a`."""
+    (tmp_path / "keys").write_text(json.dumps({"team-a": hashlib.sha256(b"key-a").hexdigest()}))
+    monkeypatch.setenv("DRYDOCK_API_KEYS", str(tmp_path / "keys"))
+    return Layer(layer.folder)
+
+
+CLIENT_ROUTES = [("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models")]
+
+
+@pytest.mark.parametrize(("method", "path"), CLIENT_ROUTES)
+@pytest.mark.parametrize("headers", [(), [(b"authorization", b"Bearer guess")], [(b"api-key", b"guess")]])
+def test_without_a_key_it_is_401_as_openai_says_it(keyed: Layer, method: str, path: str, headers: Any) -> None:
+    keyed.say(kubectl="aaaa1111")
+    reply = keyed.ask(method, path, {"model": "kubectl"}, headers)
+    assert (reply.status, reply.headers[b"www-authenticate"]) == (401, b"Bearer")
+    error = reply.body["error"]
+    assert (error["code"], error["type"]) == ("invalid_api_key", "invalid_request_error")
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "guess" not in json.dumps(reply.body)
+    assert not keyed.inner.scopes
+
+
+@pytest.mark.parametrize(("method", "path"), CLIENT_ROUTES)
+@pytest.mark.parametrize("header", [(b"authorization", b"Bearer key-a"), (b"api-key", b"key-a")])
+def test_with_its_key_a_client_is_served_and_vllm_does_not_see_it(
+    keyed: Layer, method: str, path: str, header: tuple[bytes, bytes]
+) -> None:
+    keyed.say(kubectl="aaaa1111")
+    reply = keyed.ask(method, path, {"model": "kubectl"} if method == "POST" else b"", [header, (b"x-a", b"b")])
+    assert reply.status == 200
+    for scope in keyed.inner.scopes:
+        assert b"key-a" not in b"".join(value for _, value in scope["headers"])
+        assert (b"x-a", b"b") in scope["headers"]
+    assert len(keyed.inner.scopes) == (method == "POST")
+
+
+def test_probes_metrics_and_the_sidecar_need_no_key(keyed: Layer) -> None:
+    keyed.say()
+    assert [keyed.ask("GET", path).status for path in ("/health", "/ready", "/metrics")] == [200, 200, 200]
+    assert keyed.ask("POST", "/v1/completions", {"model": "kubectl.aaaa1111"}, keyed.token).status == 200
+    assert keyed.ask("GET", "/v1/models", headers=keyed.token).status == 200
+    assert keyed.ask("POST", "/v1/load_lora_adapter", {}, [(b"api-key", b"key-a")]).status == 404, "no client's route"
+
+
+def test_an_emptied_key_file_closes_the_server_and_says_how_to_open_it(keyed: Layer, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("{}")
+    reply = keyed.ask("POST", CHAT, {"model": "base"}, [(b"api-key", b"key-a")])
+    assert reply.status == 401
+    assert "pulumi config set --secret --path 'drydock:api_keys.CLIENT' VALUE" in reply.body["error"]["message"]
+
+
+def test_an_empty_variable_is_no_open_door(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRYDOCK_API_KEYS", "")
+    assert Layer(layer.folder).chat("base").status == 401
+
+
+def test_without_the_variable_no_key_is_needed_and_headers_pass_as_they_are(layer: Layer) -> None:
+    header = (b"authorization", b"Bearer whatever")
+    assert layer.ask("POST", CHAT, {"model": "base"}, [header]).status == 200
+    assert header in layer.inner.scopes[0]["headers"]
 
 
 # Readiness and models.

@@ -1,0 +1,151 @@
+"""API keys: nobody without a known key, everybody out when there is none, changes at once, no key in any log."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from serving import keys
+from serving.keys import NONE_CONFIGURED, NONE_GIVEN, UNKNOWN, Keys, without_key
+
+
+def entry(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def write(path: Path, **clients: str) -> Keys:
+    path.write_text(json.dumps({name: entry(key) for name, key in clients.items()}))
+    return Keys(path)
+
+
+def bearer(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"x"), (b"authorization", f"Bearer {key}".encode())]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refusal"),
+    [
+        ("authorization", "Bearer key-a", None),
+        ("authorization", "bearer   key-a ", None),
+        ("authorization", "Bearer key-b", None),
+        ("api-key", "key-a", None),
+        ("api-key", " key-b", None),
+        ("authorization", "Bearer key-c", UNKNOWN),
+        ("authorization", "Bearer key-", UNKNOWN),
+        ("authorization", "Bearer key-ab", UNKNOWN),
+        ("authorization", f"Bearer {entry('key-a')}", UNKNOWN),
+        ("api-key", "Bearer key-a", UNKNOWN),
+        ("authorization", "key-a", NONE_GIVEN),
+        ("authorization", "Basic key-a", NONE_GIVEN),
+        ("authorization", "Bearer", NONE_GIVEN),
+        ("authorization", "Bearer ", NONE_GIVEN),
+        ("authorization", "", NONE_GIVEN),
+        ("api-key", "", NONE_GIVEN),
+        ("x-api-key", "key-a", NONE_GIVEN),
+    ],
+)
+def test_a_known_key_and_nothing_else_lets_a_client_in(
+    tmp_path: Path, name: str, value: str, refusal: str | None
+) -> None:
+    known = write(tmp_path / "keys", team_a="key-a", team_b="key-b")
+    assert known.refusal([(b"host", b"x"), (name.encode(), value.encode())]) == refusal
+
+
+def test_no_header_is_no_key_and_one_good_key_of_two_is_enough(tmp_path: Path) -> None:
+    known = write(tmp_path / "keys", team_a="key-a")
+    assert known.refusal([]) == NONE_GIVEN
+    assert known.refusal([(b"authorization", b"Bearer of-another-system"), (b"api-key", b"key-a")]) is None
+    assert known.refusal([(b"authorization", b"Bearer \xff\x00")]) == UNKNOWN
+
+
+@pytest.mark.parametrize("text", [None, "", " \n", "{}", "[]", "not json", "null", '{"a": "key-a"}', '{"a": 1}'])
+def test_without_any_key_nobody_is_let_in_and_is_told_how_one_is_added(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "keys"
+    if text is not None:
+        path.write_text(text)
+    refusal = Keys(path).refusal(bearer("key-a"))
+    assert refusal == NONE_CONFIGURED
+    assert "pulumi config set --secret --path 'drydock:api_keys.CLIENT' VALUE" in refusal
+
+
+def test_a_folder_or_bytes_in_place_of_the_file_let_nobody_in(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert Keys(tmp_path).refusal(bearer("a")) == Keys(tmp_path / "bytes").refusal(bearer("a")) == NONE_CONFIGURED
+
+
+def test_a_change_holds_with_the_next_request_also_through_the_kubelets_links(tmp_path: Path) -> None:
+    """A mounted Secret: FILE -> ..data/FILE, and `..data` is a link that the kubelet replaces by a rename."""
+    for number, key in enumerate(("key-a", "key-b")):
+        (tmp_path / f"..{number}").mkdir()
+        write(tmp_path / f"..{number}" / "keys", client=key)
+        os.utime(tmp_path / f"..{number}" / "keys", (1, 1))  # the same second, the same size
+    os.symlink("..0", tmp_path / "..data")
+    os.symlink("..data/keys", tmp_path / "keys")
+    known = Keys(tmp_path / "keys")
+    assert (known.refusal(bearer("key-a")), known.refusal(bearer("key-b"))) == (None, UNKNOWN)
+    os.symlink("..1", tmp_path / "..new")
+    os.replace(tmp_path / "..new", tmp_path / "..data")
+    assert (known.refusal(bearer("key-a")), known.refusal(bearer("key-b"))) == (UNKNOWN, None)
+    os.unlink(tmp_path / "keys")
+    assert known.refusal(bearer("key-b")) == NONE_CONFIGURED
+    write(tmp_path / "keys", client="key-c")
+    assert known.refusal(bearer("key-c")) is None
+
+
+def test_hashes_are_compared_in_constant_time_and_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[str, str]] = []
+    plain = hmac.compare_digest
+
+    def compare(a: str, b: str) -> bool:
+        compared.append((a, b))
+        return plain(a, b)
+
+    known = write(tmp_path / "keys", a="key-a", b="key-b", c="key-c")
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert known.refusal(bearer("key-a")) is None
+    assert compared == [(entry("key-a"), entry(key)) for key in ("key-a", "key-b", "key-c")]
+
+
+def test_no_key_and_no_hash_is_ever_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    path = tmp_path / "keys"
+    path.write_text(json.dumps({"good": entry("key-a"), "plain": "SECRET-plain", "upper": entry("x").upper()}))
+    known = Keys(path)
+    for key in ("key-a", "SECRET-guess"):
+        known.refusal(bearer(key))
+    told = caplog.text
+    assert "client 'plain': expected the SHA-256 of its key" in told and "'upper'" in told and "1 clients" in told
+    assert "SECRET" not in told and "key-a" not in told
+    assert not any(entry(key)[:16] in told.lower() for key in ("key-a", "x"))
+    caplog.clear()
+    known.refusal(bearer("key-a"))
+    assert not caplog.text, "once a change, not once a request"
+
+
+def test_a_missing_file_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = Keys(tmp_path / "keys")
+    for _ in range(3):
+        known.refusal(bearer("a"))
+    assert caplog.text.count("nobody is let in") == 1
+
+
+def test_a_request_costs_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = write(tmp_path / "keys", **{f"client{n}": f"key-{n}" for n in range(20)})
+    assert known.refusal(bearer("key-7")) is None
+    monkeypatch.setattr(keys, "_parse", lambda *_: pytest.fail("read again without a change"))
+    started = time.process_time()
+    for _ in range(1000):
+        known.refusal(bearer("key-7"))
+    assert time.process_time() - started < 0.3, "far below a millisecond each"
+
+
+def test_vllm_has_no_use_for_the_key() -> None:
+    headers = [(b"host", b"x"), (b"authorization", b"Bearer k"), (b"api-key", b"k"), (b"content-length", b"2")]
+    assert without_key(headers) == [(b"host", b"x"), (b"content-length", b"2")]
