@@ -1,0 +1,65 @@
+"""What an environment tells other stacks and people: its typed outputs, and how another stack reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pulumi
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an output is, and whether it is encrypted in the state and hidden in listings."""
+
+    description: str
+    secret: bool = False
+
+
+def said(description: str, *, secret: bool = False) -> dict[str, Said]:
+    return {"said": Said(description, secret)}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The stack's outputs by name: `pulumi stack output NAME`, or `StackReference.require_output(NAME)`."""
+
+    resource_group: pulumi.Input[str] = field(metadata=said("Name of the resource group that holds everything."))
+    location: pulumi.Input[str] = field(metadata=said("Azure region."))
+    cluster_name: pulumi.Input[str] = field(metadata=said("Name of the AKS cluster."))
+    cluster_id: pulumi.Input[str] = field(metadata=said("ARM ID of the AKS cluster."))
+    oidc_issuer_url: pulumi.Input[str] = field(
+        metadata=said("For federated credentials of other workloads in this cluster.")
+    )
+    kubeconfig: pulumi.Input[str] = field(
+        metadata=said("User kubeconfig that signs in by kubelogin and the Azure CLI.", secret=True)
+    )
+    registry: pulumi.Input[str] = field(metadata=said("Login server of the container registry."))
+    adapter_store: pulumi.Input[str] = field(
+        metadata=said("Where adapter versions are: python -m artifacts list STORE.")
+    )
+    storage_account: pulumi.Input[str] = field(metadata=said("Storage account with datasets, models and checkpoints."))
+    images: pulumi.Input[dict[str, Any]] = field(metadata=said("The images built from this repository, by digest."))
+    endpoint: pulumi.Input[str] = field(metadata=said("Base URL of the OpenAI API, from inside the cluster."))
+    models: pulumi.Input[list[str]] = field(metadata=said("What clients put into `model`: the base and every adapter."))
+    client_label: pulumi.Input[dict[str, str]] = field(
+        metadata=said("Label of the namespaces whose pods may ask the endpoint.")
+    )
+    tuning_jobs: pulumi.Input[dict[str, Any]] = field(
+        metadata=said("The tuning Job of each adapter, in namespace drydock-tuning.")
+    )
+    prometheus_endpoint: pulumi.Input[str] = field(metadata=said("Query endpoint of the managed Prometheus."))
+    grafana_url: pulumi.Input[str | None] = field(metadata=said("The managed Grafana, if there is one."))
+    next_steps: pulumi.Input[list[str]] = field(metadata=said("Commands that show how it goes on."))
+
+
+def export(outputs: Outputs) -> None:
+    """Export every output, the secret ones as secrets."""
+    for name, words in described().items():
+        value = getattr(outputs, name)
+        pulumi.export(name, pulumi.Output.secret(value) if words.secret else value)
+
+
+def described() -> dict[str, Said]:
+    """What is said of every output, by name."""
+    return {each.name: each.metadata["said"] for each in fields(Outputs)}
