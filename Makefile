@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit contract lint format setup registry lock clean
+.PHONY: help rehearse test unit contract lint format setup registry lock images clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -45,16 +45,38 @@ $(READY): requirements/machine.lock requirements/uv.lock
 	$(BIN)/uv pip sync -q --require-hashes --python $(BIN)/python requirements/machine.lock requirements/uv.lock
 	@touch $@
 
-# A real OCI registry for the contract tests: Debian's package, where this machine lets us install it.
+# What the contract tests need beyond .venv: Debian's packages, where this machine lets us install them. docker-registry
+# is a real OCI registry; haproxy and dumb-init stand before the router.
 registry:
-	@command -v docker-registry >/dev/null || command -v registry >/dev/null || { \
+	@missing=; for tool in docker-registry haproxy dumb-init; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    { apt-get install -y -q docker-registry || { apt-get update -q && apt-get install -y -q docker-registry; }; } >/dev/null 2>&1; fi; \
-	  command -v docker-registry >/dev/null || echo "no docker-registry here and no right to install it: its tests are skipped"; }
+	    { apt-get install -y -q $$missing || { apt-get update -q && apt-get install -y -q $$missing; }; } >/dev/null 2>&1; fi; \
+	  for tool in $$missing; do command -v $$tool >/dev/null || \
+	    echo "no $$tool here and no right to install it: its tests are skipped"; done; fi
 
-lock: setup  ## resolve pyproject.toml anew into requirements/*.lock
-	for group in machine uv; do $(BIN)/uv pip compile -q pyproject.toml --group $$group --universal --generate-hashes --no-emit-index-url \
-	  --custom-compile-command "make lock" -o requirements/$$group.lock $(UPGRADE) || exit 1; done
+# Python 3.11 is the oldest supported: without saying so, the result would depend on the one that runs here.
+LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --custom-compile-command "make lock"
+
+lock: setup  ## resolve pyproject.toml anew into requirements/*.lock and requirements.txt (UPGRADE=--upgrade: newest)
+	for group in machine uv; do $(LOCK) --group $$group -o requirements/$$group.lock $(UPGRADE) || exit 1; done
+# uv keeps the versions that it finds in the file it writes. Each of these starts as machine.lock: an image installs
+# what the tests ran. Its own last version comes after, for what only this image has.
+	for group in training serving-gpu serving-cpu router stress; do lock=requirements/$$group.lock; \
+	  cat requirements/machine.lock $(if $(UPGRADE),,$$(ls $$lock 2>/dev/null)) > $$lock.new && mv $$lock.new $$lock && \
+	  $(LOCK) --group $$group -o $$lock || exit 1; done
+# The deployer's machine may be a Mac or run Windows: --no-config leaves out the Linux-only environments.
+	cp requirements/machine.lock requirements.txt
+	$(LOCK) --no-config --group stack --no-header -o requirements.txt
+	sed -i '1i # What `pulumi up` needs on the machine that runs it, and no more; written by: make lock' requirements.txt
+
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(if $(shell command -v $(tool)),$(tool))))
+IMAGES ?= training serving router stress
+
+images:  ## build the images as drydock/NAME by docker, podman or buildah (IMAGES=stress, BUILD_ARGS="--build-arg ...")
+	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is needed; the stack itself needs none: ACR builds its images"; exit 1; }
+	for image in $(IMAGES); do $(BUILDER) build $(BUILD_ARGS) -f $$(ls $$image/Dockerfile */$$image.Dockerfile 2>/dev/null) -t drydock/$$image . || exit 1; done
 
 clean:  ## remove what was installed and written
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -19,6 +19,7 @@ from artifacts.store import StoreError
 from common import cli, exits
 from common.settings import SettingsError, load_settings
 from serving.client import EngineError
+from serving.router import add_arguments, become_router
 from serving.spec import ServingSpec
 
 EPILOG = """
@@ -66,16 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     router = commands.add_parser("router", help="become vllm-router before the replicas")
-    router.add_argument("--host", default="127.0.0.1")
-    router.add_argument("--port", type=int, default=8080)
-    router.add_argument("--metrics-port", type=int, default=29000)
-    replicas = router.add_mutually_exclusive_group(required=True)
-    replicas.add_argument("--replica", action="append", metavar="URL")
-    replicas.add_argument(
-        "--selector", action="append", type=_label, metavar="KEY=VALUE", help="a label of the pods, or several"
-    )
-    router.add_argument("--namespace", help="of the pods")
-    router.add_argument("--replica-port", type=int, default=8000, help="of the pods [%(default)s]")
+    add_arguments(router)
 
     evaluate = commands.add_parser("evaluate", help="compare tuned adapters with their base; exit 3: gate not passed")
     evaluate.add_argument("--spec", type=Path, required=True)
@@ -88,19 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     arguments = parser.parse_args(argv)
-    if arguments.command == "router" and bool(arguments.selector) != bool(arguments.namespace):
-        router.error("--selector and --namespace go together")
-    command = {"engine": _engine, "sidecar": _sidecar, "router": _router, "evaluate": _evaluate}[arguments.command]
+    if arguments.command == "router":
+        become_router(router, arguments)
+    command = {"engine": _engine, "sidecar": _sidecar, "evaluate": _evaluate}[arguments.command]
     return cli.run(
         command, arguments, log_format="%(asctime)s %(message)s", failures=(EngineError, StoreError, httpx.HTTPError)
     )
-
-
-def _label(text: str) -> str:
-    key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, such as app=engine")
-    return text
 
 
 def _engine(arguments: argparse.Namespace) -> int:
@@ -138,14 +123,6 @@ def _sidecar(arguments: argparse.Namespace) -> int:
             settled = sidecar.look()
             stop.wait(spec.poll_seconds if settled else min(0.5, spec.poll_seconds))
     return exits.OK
-
-
-def _router(arguments: argparse.Namespace) -> int:
-    from serving.router import Pods, router_command
-
-    pods = Pods(arguments.selector or (), arguments.namespace or "", arguments.replica_port)
-    command = router_command(arguments.replica or pods, arguments.host, arguments.port, arguments.metrics_port)
-    os.execv(command[0], command)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

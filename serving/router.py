@@ -1,19 +1,93 @@
-"""vllm-router's command line: retries, health by readiness, the least loaded replica with a warm prefix."""
+"""vllm-router's command line: retries, health by readiness, the less loaded of two replicas.
+
+`python -m serving.router` is `python -m serving router` for an image that has neither vLLM nor this room's other needs.
+The router has routes that change its replicas, on the same port and without a key: see serving/front.cfg.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 
-def router_command(replicas: Sequence[str], host: str, port: int, metrics_port: int) -> list[str]:
-    """The command that routes to `replicas` (URLs). Each setting that differs from the default has its reason."""
+@dataclass(frozen=True)
+class Pods:
+    """Replicas that Kubernetes knows: the pods of `namespace` with all labels of `selector` (KEY=VALUE).
+
+    The router lists and watches them (RBAC: `list` and `watch` on `pods` there). It takes a pod in when the pod is
+    ready, and out when it is no longer or is being deleted.
+    """
+
+    selector: Sequence[str]
+    namespace: str
+    port: int
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Become the router that the command line asks for."""
+    parser = argparse.ArgumentParser("python -m serving.router", description="become vllm-router before the replicas")
+    add_arguments(parser)
+    become_router(parser, parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let `parser` take what `become_router` needs."""
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--metrics-host", help="where Prometheus asks [as --host]")
+    parser.add_argument("--metrics-port", type=int, default=29000)
+    parser.add_argument("--max-request-kib", type=int, default=4096, help="of a request body [%(default)s]")
+    replicas = parser.add_mutually_exclusive_group(required=True)
+    replicas.add_argument("--replica", action="append", metavar="URL")
+    replicas.add_argument(
+        "--selector", action="append", type=_label, metavar="KEY=VALUE", help="a label of the pods, or several"
+    )
+    parser.add_argument("--namespace", help="of the pods")
+    parser.add_argument("--replica-port", type=int, default=8000, help="of the pods [%(default)s]")
+
+
+def become_router(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
+    """Replace this process, so that SIGTERM reaches the router; `parser` says what is wrong with `arguments`."""
+    if bool(arguments.selector) != bool(arguments.namespace):
+        parser.error("--selector and --namespace go together")
+    command = router_command(
+        arguments.replica or Pods(arguments.selector, arguments.namespace, arguments.replica_port),
+        (arguments.host, arguments.port),
+        (arguments.metrics_host or arguments.host, arguments.metrics_port),
+        arguments.max_request_kib,
+    )
+    os.execv(command[0], command)
+
+
+def _label(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, such as app=engine")
+    return text
+
+
+def router_command(
+    replicas: Sequence[str] | Pods, clients: tuple[str, int], metrics: tuple[str, int], max_request_kib: int = 4096
+) -> list[str]:
+    """The command that routes to `replicas` (URLs, or pods), listening at two addresses (host, port).
+
+    Each setting that is no default has its reason.
+    """
     return [
         sys.executable, "-m", "vllm_router.launch_router",
-        "--host", host, "--port", str(port),
-        "--prometheus-host", host, "--prometheus-port", str(metrics_port),
-        "--worker-urls", *replicas,
-        "--policy", "cache_aware",
+        "--host", clients[0], "--port", str(clients[1]),
+        "--prometheus-host", metrics[0], "--prometheus-port", str(metrics[1]),
+        *(_discovery(replicas) if isinstance(replicas, Pods) else ["--worker-urls", *replicas]),
+        # Seen with 0.1.17: cache_aware, the default, posts each request to /v1/chat/completions/render of every replica
+        # first, which our request layer closes, and then sent 40 of 40 requests to one of two; this sent 26 and 14. It
+        # does not start with one URL, but does with pods, even none.
+        "--policy", "round_robin" if not isinstance(replicas, Pods) and len(replicas) == 1 else "power_of_two",
+        # It holds a body in memory, for retries: up to 512 MiB each by default. The replicas have the exact limit.
+        "--max-payload-size", str(max_request_kib * 1024),
         # /health is true before the adapters are loaded; /ready is not.
         "--health-check-endpoint", "/ready",
         # The default of 60 s would send traffic to a dead replica for minutes.
@@ -25,3 +99,17 @@ def router_command(replicas: Sequence[str], host: str, port: int, metrics_port: 
         "--cb-failure-threshold", "5", "--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1",
         "--request-timeout-secs", "600",
     ]  # fmt: skip
+
+
+def _discovery(pods: Pods) -> list[str]:
+    return [
+        "--service-discovery", "--selector", *pods.selector,
+        "--service-discovery-namespace", pods.namespace, "--service-discovery-port", str(pods.port),
+        # While the router waits for a new pod, it hears of no other one, not even of deletions (seen with 0.1.17): ten
+        # minutes by default. A ready pod answers at once.
+        "--worker-startup-timeout-secs", "15", "--worker-startup-check-interval", "1",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from artifacts.store import StoreError
+from blobs import BlobError
 from common import cli, exits
 from common.settings import SettingsError, load_settings
 from training.spec import TuningSpec
@@ -45,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--spec", type=Path, required=True, help="settings file (YAML)")
     tune.add_argument("--out", type=Path, required=True, help="folder of this run")
     tune.add_argument("--metrics-address", default="127.0.0.1:9401", help="Prometheus endpoint, or off [%(default)s]")
-    tune.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
+    tune.add_argument(
+        "--fresh", action="store_true", help="discard what an earlier run left in --out and --checkpoints"
+    )
+    tune.add_argument(
+        "--checkpoints", metavar="az://ACCOUNT/CONTAINER/RUN", help="copy checkpoints there; resume from it"
+    )
 
     publish = commands.add_parser("publish", help="push an evaluated adapter; move `promoted` if its gate passed")
     publish.add_argument("--run", type=Path, required=True, help="folder of a tuning run with its evaluation.json")
@@ -55,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = parser.parse_args(argv)
     command = {"check": _check, "tune": _tune, "publish": _publish, "settings": _settings}[arguments.command]
-    return cli.run(command, arguments, failures=(StoreError,))
+    return cli.run(command, arguments, failures=(StoreError, BlobError))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -92,7 +98,9 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     address = None if arguments.metrics_address == "off" else arguments.metrics_address
     try:
-        summary = tune(spec, arguments.out, metrics_address=address, fresh=arguments.fresh)
+        summary = tune(
+            spec, arguments.out, metrics_address=address, fresh=arguments.fresh, checkpoints=arguments.checkpoints
+        )
     except Terminated as error:
         print(error, file=sys.stderr)
         return exits.TERMINATED

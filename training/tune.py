@@ -46,20 +46,32 @@ class Terminated(Exception):
     """SIGTERM came; a checkpoint of the last whole step is written."""
 
 
-def tune(spec: TuningSpec, out: Path, *, metrics_address: str | None = None, fresh: bool = False) -> dict[str, Any]:
+def tune(
+    spec: TuningSpec,
+    out: Path,
+    *,
+    metrics_address: str | None = None,
+    fresh: bool = False,
+    checkpoints: str | None = None,
+) -> dict[str, Any]:
     """Tune by `spec` into folder `out`; returns the summary that it also writes as `tuning.json`.
 
     `out` gets `spec.json`, `run.json`, `held_out.jsonl`, `events.jsonl`, `checkpoints/`, `adapter/` and at the end
     `tuning.json`. A finished run of the same settings, data and base is not done again; an unfinished one goes on
-    from its newest whole checkpoint. `fresh` discards both. Raises `SettingsError` for what only a
-    person can mend, `Terminated` after SIGTERM.
+    from its newest whole checkpoint. `fresh` discards both. `checkpoints` is a folder az://ACCOUNT/CONTAINER/PATH that
+    gets a copy of each checkpoint, and gives back the newest where `out` has none so new: the run survives its node.
+    Raises `SettingsError` for what only a person can mend, `BlobError` when the copies cannot be looked at,
+    `Terminated` after SIGTERM.
     """
     folder = base_folder(spec.base_model)
     revision = base_revision(folder)
     tuning_rows, held_out, checked = split(spec)
     fingerprint = spec.fingerprint(dataset_digest=checked.digest, base_revision=revision)
+    remote = checkpoint.Remote(checkpoints, fingerprint) if checkpoints else None
     if fresh:
         forget(out)
+        if remote:
+            remote.forget()
     if (done := finished(out, fingerprint)) is not None:
         log.info("already tuned with these settings, data and base: %s", out / "adapter")
         write_json(out / "spec.json", spec.model_dump(mode="json"))  # the gate may ask for more now
@@ -76,6 +88,8 @@ def tune(spec: TuningSpec, out: Path, *, metrics_address: str | None = None, fre
         found = checkpoint.newest(out / "checkpoints", fingerprint)
     except ValueError as error:
         raise SettingsError([f"{error}; choose another --out, or discard that run with --fresh"]) from None
+    if remote and remote.fetch_newer(out / "checkpoints", than=found[0].step if found else 0):
+        found = checkpoint.newest(out / "checkpoints", fingerprint)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(spec.seed)
@@ -110,13 +124,15 @@ def tune(spec: TuningSpec, out: Path, *, metrics_address: str | None = None, fre
     )  # fmt: skip
 
     def save(step: int) -> None:
-        checkpoint.save(
+        path = checkpoint.save(
             out / "checkpoints",
             fingerprint,
             checkpoint.Position(step, done_before.seconds + time.monotonic() - started, tokens),
             get_peft_model_state_dict(model),
             {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": _random_state()},
         )
+        if remote:
+            remote.copy(path)
 
     with Progress(spec.adapter, total_steps, events, metrics_address) as progress, _Sigterm() as sigterm:
         progress.dropped(len(dropped))

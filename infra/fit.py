@@ -1,0 +1,494 @@
+"""Does this model fit this GPU, to be served and to be tuned? Estimates for one GPU, each term with formula and source.
+
+    python -m infra.fit --model meta-llama/Llama-3.1-8B-Instruct --sku Standard_NC24ads_A100_v4 --context 8192
+
+One GPU, because vLLM is started without tensor parallelism here and tuning runs in one process. Exit codes: 0 all fits,
+1 something does not, 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from common import cli, exits
+from common.lora import MAX_LORA_RANK, vllm_lora_rank
+from common.settings import Settings, SettingsError, explain
+from infra.catalog import PRICES_OF, SKUS, Architecture, Sku, architecture, architecture_of, sku
+from serving.spec import ServingSpec
+from training.spec import TuningSpec
+
+GIB = 2**30
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+KV_PAGE_TOKENS = 16
+"""Tokens in a block of the KV cache: vLLM's default on CUDA."""
+CUDA_CONTEXT_GIB = 0.5
+"""What a process takes for the CUDA context alone, outside torch and outside vLLM's share. By experience 0.3 to 0.6."""
+SERVING_RUNTIME_GIB = 0.35
+"""`non_torch_memory` in vLLM's log: 0.05 to 0.12 GiB in engine V0, 0.32 to 0.35 in V1 (Llama 3.1 8B, 79.1 GiB GPUs)."""
+CUDA_GRAPHS_GIB = 1.0
+"""vLLM 0.21 and later set aside what its graphs take: 0.36 to 0.73 GiB in the logs of PRs 39559 and gpustack 251, and
+with LoRA they are captured both with and without adapters (`cudagraph_specialize_lora`)."""
+SAMPLER_BYTES = 40
+"""For each request and vocabulary entry while sampling is profiled: 1.19 to 1.26 GiB in vLLM's logs at 256 requests x
+128,256 entries (PR 10511): logits in two precisions, sorted copies with indices, probabilities."""
+TUNING_RUNTIME_GIB = 1.0
+"""CUDA context, cuBLAS workspace and the allocator's unused rest."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the memory needed."""
+
+    name: str
+    gib: float
+    formula: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is needed on one GPU against what it has, in GiB.
+
+    `minimum_gib` is what the process needs to start at all: vLLM starts with room for one full context, and preempts
+    requests when more are running than fit. For tuning it is all of it.
+    """
+
+    terms: tuple[Term, ...]
+    available_gib: float
+    minimum_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        """All that is needed."""
+        return sum(term.gib for term in self.terms)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all that is needed is there."""
+        return self.total_gib <= self.available_gib
+
+    @property
+    def starts(self) -> bool:
+        """Whether the process starts."""
+        return self.minimum_gib <= self.available_gib
+
+
+@dataclass(frozen=True)
+class ServingLoad:
+    """What a replica must hold: `concurrency` requests with `context` tokens each, and `lora_slots` adapters.
+
+    These are vLLM's max_num_seqs, max_model_len and max_loras, and the settings of those names.
+    """
+
+    context: int
+    concurrency: int
+    lora_slots: int
+    lora_rank: int
+    dtype: Dtype = "auto"
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True)
+class TuningLoad:
+    """One forward and backward pass: `batch_rows` rows, padded to `max_seq_length` tokens."""
+
+    batch_rows: int
+    max_seq_length: int
+    lora_r: int
+    target_modules: tuple[str, ...]
+    lora_dropout: float = 0.05
+    gradient_checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the pass, padding included."""
+        return self.batch_rows * self.max_seq_length
+
+
+def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
+    """The estimate for one vLLM replica on one GPU of `size`."""
+    width = 4 if load.dtype == "float32" else 2
+    gpu = size.gpu
+    page_bytes = 2 * model.num_hidden_layers * model.key_value_size * width * KV_PAGE_TOKENS
+    pages = math.ceil(load.context / KV_PAGE_TOKENS)
+    rank = vllm_lora_rank(load.lora_rank)
+    adapted = model.num_hidden_layers * sum(map(sum, model.linear_layers.values()))
+    embedded = 2 * (model.vocab_size + model.hidden_size)
+    # vllm/engine/arg_utils.py get_batch_defaults, API server: by the GPU's memory, and less on an A100.
+    batched = max(8192 if gpu.driver_gib >= 70 and not gpu.name.startswith("A100") else 2048, load.concurrency)
+    layer = batched * (3 * model.intermediate_size + 4 * model.hidden_size) * width
+    sampler = load.concurrency * model.vocab_size * SAMPLER_BYTES
+    terms = (
+        Term(
+            "weights",
+            model.parameters * width / GIB,
+            f"{model.parameters:,} parameters x {width} bytes",
+            "config.json",
+        ),
+        Term(
+            "KV cache",
+            load.concurrency * pages * page_bytes / GIB,
+            f"2 x {model.num_hidden_layers} layers x {model.key_value_size} x {width} bytes x "
+            f"{pages * KV_PAGE_TOKENS:,} tokens x {load.concurrency} requests",
+            "Kwon et al. 2023, PagedAttention",
+        ),
+        Term(
+            "LoRA slots",
+            load.lora_slots * rank * (adapted + embedded) * width / GIB,
+            f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers) x {width} bytes",
+            "vllm/lora/layers, lora_a_stacked and lora_b_stacked",
+        ),
+        Term(
+            "activations",
+            max(layer, sampler) / GIB,
+            f"the larger of {batched:,} tokens x (3 x {model.intermediate_size} + 4 x {model.hidden_size}) x {width} "
+            f"bytes and {load.concurrency} requests x {model.vocab_size} x {SAMPLER_BYTES} bytes",
+            "vLLM's profiling run; logs of PR 10511",
+        ),
+        Term("CUDA graphs", CUDA_GRAPHS_GIB, "constant", "vLLM's logs, PR 39559"),
+        Term("runtime", SERVING_RUNTIME_GIB, "constant", "non_torch_memory in vLLM's logs"),
+    )
+    other_contexts = (load.concurrency - 1) * pages * page_bytes / GIB
+    available = min(gpu.driver_gib * load.gpu_memory_utilization, gpu.driver_gib - CUDA_CONTEXT_GIB)
+    return Fit(terms, available, sum(term.gib for term in terms) - other_contexts)
+
+
+def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
+    """The estimate for `training.tune` on one GPU of `size`.
+
+    The bytes of a layer's activations are those that autograd keeps in transformers 5.19 with peft 0.21, counted by
+    operation in the manner of Korthikanti et al. 2022 (section 4.1). Attention by SDPA keeps no scores; but
+    a batch with padding keeps a mask for each layer and repeats keys and values for all heads.
+    """
+    width = 2 if size.gpu.bf16 else 4  # training.tune.load_model takes fp32 where the GPU has no bf16
+    targets = [shape for layer, shape in model.linear_layers.items() if layer in load.target_modules]
+    trained = sum(model.num_hidden_layers * load.lora_r * (inputs + outputs) for inputs, outputs in targets)
+    # An adapter computes in fp32: its input is copied, and dropout keeps a mask of one byte beside it.
+    adapter_width = 5 if load.lora_dropout else 4
+    adapters = sum(adapter_width * inputs + 4 * load.lora_r for inputs, _ in targets)
+    norms = 8 * model.hidden_size + 8
+    query, key = model.query_size, model.key_value_size
+    if model.model_type == "qwen3":
+        norms += 4 * (query + key + model.num_attention_heads + model.num_key_value_heads)
+    padded = load.batch_rows > 1
+    attention = width * (4 * query + load.max_seq_length if padded else 2 * (query + key))
+    attention += 4 * model.num_attention_heads
+    layer = norms + attention + 3 * width * model.intermediate_size + adapters
+    if load.gradient_checkpointing:
+        kept = model.num_hidden_layers * width * model.hidden_size + layer
+        formula = f"({model.num_hidden_layers} layers x {width * model.hidden_size:,} bytes + {layer:,} bytes)"
+    else:
+        kept = model.num_hidden_layers * layer
+        formula = f"{model.num_hidden_layers} layers x {layer:,} bytes"
+    terms = (
+        Term(
+            "base weights",
+            model.parameters * width / GIB,
+            f"{model.parameters:,} parameters x {width} bytes",
+            "config.json; load_model in training/tune.py",
+        ),
+        Term(
+            "adapter, gradients, AdamW",
+            16 * trained / GIB,
+            f"{trained:,} parameters x (4 + 4 + 8) bytes",
+            "fp32, torch.optim.AdamW",
+        ),
+        Term(
+            "activations",
+            load.tokens * kept / GIB,
+            f"{load.tokens:,} tokens x {formula}",
+            "Korthikanti et al. 2022, counted for peft",
+        ),
+        Term(
+            "logits",
+            load.tokens * model.vocab_size * 12 / GIB,
+            f"{load.tokens:,} tokens x {model.vocab_size} x 12 bytes",
+            "fp32 log-softmax and two gradients of it",
+        ),
+        Term("runtime", TUNING_RUNTIME_GIB, "constant", "CUDA context, workspace, allocator"),
+    )
+    return Fit(terms, size.gpu.driver_gib, sum(term.gib for term in terms))
+
+
+def largest_context(model: Architecture, size: Sku, load: ServingLoad) -> int:
+    """The longest context, in whole KV pages, at which `load` fits; 0 if none does."""
+    ceiling = model.max_position_embeddings // KV_PAGE_TOKENS
+    return KV_PAGE_TOKENS * _largest(
+        lambda pages: serving_fit(model, size, replace(load, context=pages * KV_PAGE_TOKENS)).fits, ceiling
+    )
+
+
+def largest_concurrency(model: Architecture, size: Sku, load: ServingLoad) -> int:
+    """The most requests at which `load` fits; 0 if not even one does."""
+    return _largest(lambda requests: serving_fit(model, size, replace(load, concurrency=requests)).fits, 2**16)
+
+
+def largest_batch(model: Architecture, size: Sku, load: TuningLoad) -> int:
+    """The most rows in a forward pass at which `load` fits; 0 if not even one does."""
+    return _largest(lambda rows: tuning_fit(model, size, replace(load, batch_rows=rows)).fits, 2**16)
+
+
+def largest_sequence(model: Architecture, size: Sku, load: TuningLoad) -> int:
+    """The longest max_seq_length, in steps of 16, at which `load` fits; 0 if none does."""
+    return 16 * _largest(
+        lambda steps: tuning_fit(model, size, replace(load, max_seq_length=16 * steps)).fits,
+        model.max_position_embeddings // 16,
+    )
+
+
+def smallest_sku(model: Architecture, load: ServingLoad | TuningLoad) -> Sku | None:
+    """The cheapest size on one GPU of which `load` fits, None if there is none."""
+    fitting = (size for size in SKUS.values() if not _dtype_problem(size, load) and _fit(model, size, load).fits)
+    return min(fitting, key=lambda size: size.usd_per_hour, default=None)
+
+
+def explain_serving(model: Architecture, size: Sku, load: ServingLoad) -> list[str]:
+    """Why `load` cannot be served, with the numbers and what fits instead; empty when it can."""
+    problems = []
+    if load.context > model.max_position_embeddings:
+        problems.append(f"max_model_len {load.context} is beyond the model's {model.max_position_embeddings} tokens")
+    if problem := _dtype_problem(size, load):
+        problems.append(problem)
+    fit = serving_fit(model, size, load)
+    if problems or fit.fits:
+        return problems
+    remedies = []
+    if context := largest_context(model, size, load):
+        remedies.append(f"max_model_len {context} at max_num_seqs {load.concurrency}")
+    if requests := largest_concurrency(model, size, load):
+        remedies.append(f"max_num_seqs {requests} at max_model_len {load.context}")
+    limit = f"the {fit.available_gib:.1f} GiB that vLLM may take (gpu_memory_utilization {load.gpu_memory_utilization})"
+    note = "; vLLM would start, but preempt requests when it is full" if fit.starts else ""
+    return [_does_not_fit(fit, limit, remedies, smallest_sku(model, load), note)]
+
+
+def explain_tuning(model: Architecture, size: Sku, load: TuningLoad) -> list[str]:
+    """Why `load` cannot be tuned, with the numbers and what fits instead; empty when it can."""
+    problems = []
+    if unknown := sorted(set(load.target_modules) - set(model.linear_layers)):
+        problems.append(
+            f"lora_target_modules: {', '.join(unknown)} not in this base; it has {', '.join(model.linear_layers)}"
+        )
+    if load.max_seq_length > model.max_position_embeddings:
+        problems.append(
+            f"max_seq_length {load.max_seq_length} is beyond the model's {model.max_position_embeddings} tokens"
+        )
+    fit = tuning_fit(model, size, load)
+    if problems or fit.fits:
+        return problems
+    remedies = []
+    if rows := largest_batch(model, size, load):
+        remedies.append(
+            f"per_device_train_batch_size {rows} (with more gradient_accumulation_steps the result is the same)"
+        )
+    # Shorter rows lose data; where not even one row fits, the longest single one is what is worth knowing.
+    shorter = load if rows else replace(load, batch_rows=1)
+    if length := largest_sequence(model, size, shorter):
+        remedies.append(f"max_seq_length {length} at per_device_train_batch_size {shorter.batch_rows}")
+    limit = f"the {fit.available_gib:.1f} GiB of the GPU"
+    return [_does_not_fit(fit, limit, remedies, smallest_sku(model, load), "")]
+
+
+def check_serving(
+    model_name: str,
+    architecture: Architecture,
+    sku_name: str,
+    *,
+    context: int,
+    concurrency: int,
+    adapters: int,
+    lora_rank: int,
+    dtype: Dtype = "auto",
+    gpu_memory_utilization: float = 0.9,
+) -> list[str]:
+    """Problems of serving `architecture` on a GPU of `sku_name`, ready to print; empty when it fits."""
+    if lora_rank > MAX_LORA_RANK:
+        return [f"serving {model_name}: rank {lora_rank} is beyond {MAX_LORA_RANK}, the most that vLLM serves"]
+    try:
+        size = sku(sku_name)
+    except ValueError as error:
+        return [str(error)]
+    load = ServingLoad(context, concurrency, lora_slots(adapters), lora_rank, dtype, gpu_memory_utilization)
+    return [f"serving {model_name} on {sku_name}: {text}" for text in explain_serving(architecture, size, load)]
+
+
+def check_tuning(
+    adapter_name: str,
+    architecture: Architecture,
+    sku_name: str,
+    *,
+    batch_rows: int,
+    max_seq_length: int,
+    lora_r: int,
+    target_modules: Sequence[str],
+) -> list[str]:
+    """Problems of tuning `adapter_name` on a GPU of `sku_name`, ready to print; empty when it fits."""
+    try:
+        size = sku(sku_name)
+    except ValueError as error:
+        return [str(error)]
+    load = TuningLoad(batch_rows, max_seq_length, lora_r, tuple(target_modules))
+    return [f"tuning {adapter_name} on {sku_name}: {text}" for text in explain_tuning(architecture, size, load)]
+
+
+def lora_slots(adapters: int) -> int:
+    """`--max-loras` for so many adapters: one more, for the two versions of one that changes (serving.engine)."""
+    return max(1, adapters) + 1
+
+
+def _fit(model: Architecture, size: Sku, load: ServingLoad | TuningLoad) -> Fit:
+    return serving_fit(model, size, load) if isinstance(load, ServingLoad) else tuning_fit(model, size, load)
+
+
+def _dtype_problem(size: Sku, load: ServingLoad | TuningLoad) -> str | None:
+    if isinstance(load, ServingLoad) and load.dtype == "bfloat16" and not size.gpu.bf16:
+        return f"a {size.gpu.name} cannot compute in bfloat16; set dtype to float16 or auto"
+    return None
+
+
+def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
+    """The largest number from 1 to `ceiling` that fits, 0 if none does; what fits must go on fitting when smaller."""
+    low, high = 0, ceiling
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _does_not_fit(fit: Fit, limit: str, remedies: list[str], cheapest: Sku | None, note: str) -> str:
+    largest_first = sorted(fit.terms, key=lambda term: -term.gib)
+    parts = ", ".join(f"{term.name} {term.gib:.1f}" for term in largest_first)
+    if cheapest:
+        remedies = [*remedies, f"{cheapest.name} (${cheapest.usd_per_hour:.2f}/h)"]
+    remedy = f"what fits: {', or '.join(remedies)}" if remedies else "no GPU of the catalogue holds it: a smaller model"
+    return f"about {fit.total_gib:.1f} GiB are needed of {limit}: {parts}{note}; {remedy}"
+
+
+_SERVING, _TUNING = ServingSpec.model_fields, TuningSpec.model_fields
+
+
+class _Question(Settings):
+    """The command line's values; the defaults are those of the two specs."""
+
+    context: int = Field(_SERVING["max_model_len"].default, ge=16, description="max_model_len, in tokens")
+    concurrency: int = Field(_SERVING["max_num_seqs"].default, ge=1, description="max_num_seqs, requests at once")
+    adapters: int = Field(1, ge=0, description="adapters served at once")
+    lora_rank: int = Field(_TUNING["lora_r"].default, ge=1, le=MAX_LORA_RANK, description="rank, tuned and served")
+    dtype: Dtype = Field("auto", description="of weights and KV cache while serving")
+    gpu_memory_utilization: float = Field(
+        _SERVING["gpu_memory_utilization"].default, gt=0, lt=1, description="share of the GPU that vLLM may take"
+    )
+    batch: int = Field(_TUNING["per_device_train_batch_size"].default, ge=1, description="rows in a forward pass")
+    seq: int = Field(_TUNING["max_seq_length"].default, ge=8, description="max_seq_length, in tokens")
+
+    def serving(self) -> ServingLoad:
+        return ServingLoad(
+            self.context,
+            self.concurrency,
+            lora_slots(self.adapters),
+            self.lora_rank,
+            self.dtype,
+            self.gpu_memory_utilization,
+        )
+
+    def tuning(self, model: Architecture) -> TuningLoad:
+        return TuningLoad(self.batch, self.seq, self.lora_rank, tuple(model.linear_layers))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m infra.fit", description="Does this model fit this GPU?")
+    parser.add_argument("--model", metavar="ID", help="a model of the catalogue, by its hub id")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="a config.json, for a model not in the catalogue")
+    parser.add_argument("--sku", metavar="NAME", required=True, help="Azure VM size with its Standard_, or all")
+    for name, field in _Question.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", metavar="VALUE", help=f"{field.description} ({field.default})"
+        )
+    return cli.run(_answer, parser.parse_args(arguments))
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    problems: list[str] = []
+    model, size, question = None, None, None
+    try:
+        if arguments.config:
+            model = architecture_of(arguments.config)
+        elif arguments.model:
+            model = architecture(arguments.model)
+        else:
+            problems.append("--model or --config is needed: a hub id of the catalogue, or a config.json")
+    except SettingsError as error:
+        problems += error.problems
+    except ValueError as error:
+        problems.append(f"--model: {error} (or give its config.json with --config)")
+    try:
+        size = None if arguments.sku == "all" else sku(arguments.sku)
+    except ValueError as error:
+        problems.append(f"--sku: {error}")
+    given = {name: value for name in _Question.model_fields if (value := getattr(arguments, name)) is not None}
+    try:
+        question = _Question.model_validate(given)
+    except ValidationError as error:
+        problems += [
+            f"--{text.replace('_', '-', text.partition(':')[0].count('_'))}" for text in explain(error, _Question)
+        ]
+    if problems or model is None or question is None:
+        raise SettingsError(problems)
+    return _show(model, size, question) if size else _compare(model, question)
+
+
+def _show(model: Architecture, size: Sku, question: _Question) -> int:
+    serving, tuning = question.serving(), question.tuning(model)
+    print(f"{size.name}: {size.gpus} x {size.gpu.name}, {size.gpu.driver_gib} GiB seen by the driver, ", end="")
+    print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {PRICES_OF}). Estimates for one GPU.")
+    failed = False
+    for title, fit, problems in (
+        (
+            f"Serving {serving.concurrency} requests x {serving.context} tokens, {serving.lora_slots} LoRA slots",
+            serving_fit(model, size, serving),
+            explain_serving(model, size, serving),
+        ),
+        (
+            f"Tuning {tuning.batch_rows} rows x {tuning.max_seq_length} tokens, rank {tuning.lora_r}",
+            tuning_fit(model, size, tuning),
+            explain_tuning(model, size, tuning),
+        ),
+    ):
+        print(f"\n{title} (estimate)")
+        for term in fit.terms:
+            print(f"  {term.name:<26}{term.gib:>8.2f} GiB  {term.formula}  [{term.source}]")
+        print(f"  {'total':<26}{fit.total_gib:>8.2f} GiB  of {fit.available_gib:.2f} available")
+        print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
+        failed |= bool(problems)
+    return exits.FAILED if failed else exits.OK
+
+
+def _compare(model: Architecture, question: _Question) -> int:
+    serving, tuning = question.serving(), question.tuning(model)
+    print(f"Estimates in GiB needed of GiB available on one GPU; prices of {PRICES_OF}.")
+    print(f"{'size':<28}{'$/h':>7}  {'GPU':<12}{'serving':>16}{'tuning':>20}")
+    found = False
+    for size in sorted(SKUS.values(), key=lambda each: each.usd_per_hour):
+        cells = []
+        for fit, problems in (
+            (serving_fit(model, size, serving), explain_serving(model, size, serving)),
+            (tuning_fit(model, size, tuning), explain_tuning(model, size, tuning)),
+        ):
+            cells.append(f"{fit.total_gib:6.1f} of {fit.available_gib:5.1f} {'no' if problems else 'yes':<3}")
+        found |= all(cell.endswith("yes") for cell in cells)
+        print(f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}")
+    return exits.OK if found else exits.FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""The settings of one environment: everything that `Pulumi.<stack>.yaml` can say, typed, described and checked."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pulumi
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from common.settings import Settings, SettingsError, explain, key_lines
+from infra.catalog import MODELS, Architecture, Sku, sku
+from serving.spec import EngineSettings
+from training.spec import AdapterName, TuningSettings
+
+ROOT = Path(__file__).parents[1]
+
+
+def _cidr(text: str) -> str:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"{error}: write ADDRESS/BITS, such as 203.0.113.0/24") from None
+    return text
+
+
+Cidr = Annotated[str, AfterValidator(_cidr)]
+Zone = Literal["1", "2", "3"]
+PoolName = Annotated[str, Field(pattern="^[a-z][a-z0-9]{0,7}$")]
+"""Lower-case letters and digits, at most eight: AKS allows twelve, four are a hash."""
+
+
+class Network(Settings):
+    """Who reaches what."""
+
+    address_space: Cidr = Field("10.64.0.0/16", description="Of the virtual network; at least a /20.")
+    private: bool = Field(
+        False,
+        description="API server, registry and storage answer inside the virtual network alone, by private endpoint.",
+    )
+    authorized_ip_ranges: tuple[Cidr, ...] = Field(
+        (), description="Who may reach the public API server; your own address at least. Not with private."
+    )
+    outbound: Literal["load_balancer", "nat_gateway"] = Field(
+        "load_balancer",
+        description="How nodes reach the internet; a NAT gateway costs more and never runs out of ports.",
+    )
+
+    @field_validator("address_space")
+    @classmethod
+    def _room(cls, value: str) -> str:
+        if ipaddress.ip_network(value).prefixlen > 20:
+            raise ValueError("is too small for nodes, API server and endpoints: give a /20 or larger")
+        return value
+
+    @field_validator("authorized_ip_ranges")
+    @classmethod
+    def _not_everyone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(ipaddress.ip_network(item).prefixlen == 0 for item in value):
+            raise ValueError("opens the API server to the whole internet: name your own ranges")
+        return value
+
+
+class Maintenance(Settings):
+    """When AKS may upgrade nodes and control plane by itself."""
+
+    day: Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"] = Field(
+        "Sunday", description="Of every week."
+    )
+    start: str = Field("01:00", pattern="^([01][0-9]|2[0-3]):[0-5][0-9]$", description="Time of day, HH:MM.")
+    utc_offset: str = Field("+00:00", pattern="^[+-][01][0-9]:[0-5][0-9]$", description="Of that time, such as +02:00.")
+    hours: int = Field(4, ge=4, le=24, description="Length; AKS wants at least four.")
+
+
+class Cluster(Settings):
+    """The AKS cluster, without its GPUs."""
+
+    kubernetes_version: Literal["1.33", "1.34", "1.35", "1.36"] = Field(
+        # What AKS offered in 2026-08.
+        "1.35",
+        description="Minor version of control plane and nodes; patches come by themselves in the window.",
+    )
+    tier: Literal["Free", "Standard", "Premium"] = Field("Standard", description="Standard and up have an SLA.")
+    zones: tuple[Zone, ...] = Field((), description="Availability zones of nodes and storage; none: Azure places them.")
+    system_vm_size: str = Field("Standard_D4ds_v5", description="Of the nodes that run the cluster's own pods.")
+    system_nodes: int = Field(2, ge=2, le=10, description="Nodes of the system pool; three for three zones.")
+    apps_vm_size: str = Field("Standard_D4ds_v5", description="Of the nodes without GPU: router, mirror Job.")
+    apps_max_nodes: int = Field(3, ge=1, le=20, description="The apps pool grows from one node to this many.")
+    admin_group_id: str | None = Field(
+        None,
+        pattern="^[0-9a-f-]{36}$",
+        description="Entra group that administers cluster and data; none: whoever runs `pulumi up`.",
+    )
+    maintenance: Maintenance = Field(default_factory=Maintenance, description="When AKS may upgrade.")
+    provisioning: Literal["pools", "automatic"] = Field(
+        "pools", description="automatic: node auto-provisioning (Karpenter) makes GPU nodes instead of agent pools."
+    )
+
+
+class GpuPool(Settings):
+    """GPU nodes of one kind."""
+
+    vm_size: str = Field(description="Azure size with GPUs, from the catalogue: python -m infra.fit --sku all.")
+    alternatives: tuple[str, ...] = Field(
+        (), description="Sizes to take, in this order, where vm_size is sold out. With provisioning: automatic only."
+    )
+    min_nodes: int = Field(0, ge=0, le=100, description="Nodes that stay without work; 0 scales to nothing.")
+    max_nodes: int = Field(1, ge=1, le=100, description="The most nodes; each costs vCPU quota of its family.")
+    spot: bool = Field(False, description="Cheaper, and may be taken away with half a minute of notice.")
+    zones: tuple[Zone, ...] | None = Field(None, description="Zones that have this size; none: the cluster's.")
+    os_disk_gib: int = Field(256, ge=128, le=2048, description="Images, base models and checkpoints lie on it.")
+
+    @field_validator("vm_size")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        sku(value)
+        return value
+
+    @field_validator("alternatives")
+    @classmethod
+    def _all_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            sku(name)
+        return value
+
+    @model_validator(mode="after")
+    def _bounds(self) -> GpuPool:
+        if self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes = {self.min_nodes} is above max_nodes = {self.max_nodes}")
+        return self
+
+    @property
+    def sku(self) -> Sku:
+        """The catalogue's entry of `vm_size`."""
+        return sku(self.vm_size)
+
+
+class Base(Settings):
+    """The model that is tuned and served."""
+
+    model: str = Field(pattern="^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$", description="On the Hugging Face hub: OWNER/NAME.")
+    revision: str = Field(
+        pattern="^[0-9a-f]{40}$", description="Full commit of the model's repository; `main` could change any day."
+    )
+    served_name: str = Field("base", min_length=1, description="What clients put into `model` for the base itself.")
+    architecture: Architecture | None = Field(
+        None, description="For a model outside the catalogue: the figures of its config.json."
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Base:
+        if self.architecture is None and self.model not in MODELS:
+            raise ValueError(
+                f"{self.model} is not in the catalogue: give its architecture (hidden_size, ... from its config.json); "
+                f"known: {', '.join(sorted(MODELS))}"
+            )
+        return self
+
+    @property
+    def figures(self) -> Architecture:
+        """The architecture given, otherwise the catalogue's."""
+        return self.architecture or MODELS[self.model]
+
+    @property
+    def folder(self) -> str:
+        """The last part of the model's name: that of its folder in the containers."""
+        return self.model.rpartition("/")[2]
+
+
+class Tuning(Settings):
+    """Where the tuning Jobs run and how long they may."""
+
+    pool: PoolName = Field(description="GPU pool, a key of `pools`.")
+    deadline_hours: float = Field(24, gt=0, le=720, description="A Job that takes longer is stopped as failed.")
+    retries: int = Field(3, ge=0, le=20, description="New pods after a failure; evictions do not count.")
+
+
+class Serving(EngineSettings):
+    """The replicas: how many, where, and what each may take."""
+
+    pool: PoolName = Field(description="GPU pool, a key of `pools`.")
+    min_replicas: int = Field(2, ge=0, le=100, description="0 lets the pool sleep; the next request waits for a node.")
+    max_replicas: int = Field(2, ge=1, le=100, description="More than min_replicas: KEDA scales by the queue.")
+    queue_target: int = Field(5, ge=1, description="Waiting requests a replica at which another one is added.")
+    expose: Literal["cluster", "vnet"] = Field(
+        "cluster", description="vnet: an internal load balancer, reachable from the virtual network."
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Serving:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}")
+        return self
+
+
+class Retention(Settings):
+    """How long what was deleted or replaced stays."""
+
+    deleted_days: int = Field(14, ge=1, le=365, description="A deleted or overwritten blob can be brought back.")
+    checkpoint_days: int = Field(30, ge=1, le=3650, description="Checkpoints older than this are removed.")
+    log_days: int = Field(30, ge=30, le=730, description="Of the cluster's logs.")
+
+
+class Environment(Settings):
+    """All settings of one environment: the `drydock:` keys of `Pulumi.<stack>.yaml`."""
+
+    owner: str = Field(min_length=1, max_length=256, description="Who answers for it: a team or an address. A tag.")
+    name: str = Field("drydock", pattern="^[a-z][a-z0-9-]{1,15}$", description="First part of every resource's name.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Further tags of everything that takes them.")
+    protect: bool = Field(True, description="`pulumi destroy` refuses what holds data until this is false.")
+    network: Network = Field(default_factory=Network, description="Who reaches what.")
+    cluster: Cluster = Field(default_factory=Cluster, description="The AKS cluster, without its GPUs.")
+    pools: dict[PoolName, GpuPool] = Field(min_length=1, description="GPU pools by name.")
+    base: Base = Field(description="The model that is tuned and served.")
+    adapters: dict[AdapterName, TuningSettings] = Field(
+        default_factory=dict, description="Adapters by the name clients ask for; each with dataset, settings and gate."
+    )
+    tuning: Tuning = Field(description="Where the tuning Jobs run.")
+    serving: Serving = Field(description="The replicas.")
+    retention: Retention = Field(default_factory=Retention, description="How long things stay.")
+    grafana: bool = Field(True, description="A managed Grafana over the metrics.")
+    api_keys: dict[str, SecretStr] = Field(
+        default_factory=dict, description="Clients and their keys. Secret: pulumi config set --secret --path."
+    )
+    huggingface_token: SecretStr | None = Field(None, description="For gated models, such as Llama. Secret.")
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The largest rank among the adapters, which every replica has room for."""
+        return max((adapter.lora_r for adapter in self.adapters.values()), default=16)
+
+
+SECRETS = {"api_keys": "--path 'drydock:api_keys.CLIENT'", "huggingface_token": "drydock:huggingface_token"}
+"""The settings that must come encrypted, and what `pulumi config set --secret` wants to be told."""
+
+
+def load_environment(project: str, stack: str, root: Path = ROOT) -> Environment:
+    """The running program's configuration as `Environment`. Raises `SettingsError` with every problem, told by line."""
+    runtime = pulumi.runtime.config
+    given = {**runtime.get_config_env(), **runtime.CONFIG.get()}
+    values = {key.split(":", 1)[1]: text for key, text in given.items() if key.startswith(f"{project}:")}
+    secret = {key for key in values if runtime.is_config_secret(f"{project}:{key}")}
+    return read_environment(values, secret, project=project, file=root / f"Pulumi.{stack}.yaml")
+
+
+def read_environment(
+    values: Mapping[str, Any], secret: Iterable[str], *, project: str, file: Path | None = None
+) -> Environment:
+    """`values` as Pulumi hands them over (text; objects and lists as JSON), checked.
+
+    `secret` are the keys whose values came encrypted; `file`, where given, is searched for the lines of the problems.
+    Raises `SettingsError` with all of them.
+    """
+    path, lines = None, None
+    if file is not None and file.is_file():
+        path = Path(file.name)
+        lines = {
+            _unprefixed(place[1:], project): line for place, line in key_lines(file).items() if place[0] == "config"
+        }
+    parsed = {key: _parsed(value) for key, value in values.items()}
+    for key in SECRETS:
+        if not parsed.get(key):  # Pulumi.yaml's empty default
+            parsed.pop(key, None)
+    problems = [
+        f"{key}: in plain text; remove it from the stack's file, then: pulumi config set --secret {argument} VALUE"
+        for key, argument in SECRETS.items()
+        if key in parsed and key not in set(secret)
+    ]
+    try:
+        environment = Environment.model_validate(parsed)
+    except ValidationError as error:
+        raise SettingsError(
+            problems + explain(error, Environment, path=path, lines=lines, hidden=tuple(SECRETS))
+        ) from None
+    problems += inconsistencies(environment)
+    if problems:
+        raise SettingsError([f"{path}: {problem}" if path else problem for problem in problems])
+    return environment
+
+
+def inconsistencies(env: Environment) -> list[str]:
+    """What each setting allows by itself, but not together with the others."""
+    found = []
+    for user, pool in (("tuning.pool", env.tuning.pool), ("serving.pool", env.serving.pool)):
+        if pool not in env.pools:
+            found.append(f"{user}: {pool} is not among the pools ({', '.join(env.pools)})")
+    if env.network.private and env.network.authorized_ip_ranges:
+        found.append("network.authorized_ip_ranges: a private API server has no public address: remove one of the two")
+    if not env.network.private and not env.network.authorized_ip_ranges:
+        found.append(
+            "network.authorized_ip_ranges: required for a public API server: your own address, such as "
+            "[203.0.113.7/32]; or set network.private: true"
+        )
+    if env.cluster.provisioning == "pools":
+        for name, pool_settings in env.pools.items():
+            if pool_settings.alternatives:
+                found.append(
+                    f"pools.{name}.alternatives: an agent pool has one size: set cluster.provisioning: automatic, "
+                    "or declare a pool for each size"
+                )
+    if env.serving.pool in env.pools:
+        pool_settings = env.pools[env.serving.pool]
+        room = pool_settings.max_nodes * pool_settings.sku.gpus
+        if env.serving.max_replicas > room:
+            found.append(
+                f"serving.max_replicas: {env.serving.max_replicas} replicas need as many GPUs, but pool "
+                f"{env.serving.pool} has {room} at most: raise pools.{env.serving.pool}.max_nodes or lower it"
+            )
+        if pool_settings.spot and env.serving.min_replicas >= 3:
+            found.append(
+                f"serving.pool: {env.serving.pool} is a spot pool, which may lose all replicas at once: "
+                "serve three or more from a pool without spot"
+            )
+    if env.base.served_name in env.adapters:
+        found.append(f"base.served_name: {env.base.served_name} is also the name of an adapter: choose another")
+    if env.cluster.tier == "Free" and env.serving.min_replicas >= 3:
+        found.append("cluster.tier: Free has no SLA and a weak control plane: set Standard for three replicas or more")
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    """Pulumi hands objects and lists over as JSON text; all other text is left to pydantic."""
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _unprefixed(place: tuple[str, ...], project: str) -> tuple[str, ...]:
+    return (place[0].removeprefix(f"{project}:"), *place[1:]) if place else place
+
+
+def described(model: type[BaseModel] = Environment, prefix: str = "") -> Iterator[str]:
+    """One line a setting: its place, what it means, its default."""
+    for name, field in model.model_fields.items():
+        inner = next((kind for kind in _models_in(field.annotation)), None)
+        many = ".NAME" if get_origin(field.annotation) is dict and inner else ""
+        if inner:
+            yield from described(inner, f"{prefix}{name}{many}.")
+        else:
+            default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+            yield f"{prefix + name:44} {field.description}  [{default}]"
+
+
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """The settings models named in an annotation: `M`, `M | None`, `dict[str, M]`."""
+    for part in (kind, *get_args(kind)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            yield part
+
+
+if __name__ == "__main__":
+    print("\n".join(described()))

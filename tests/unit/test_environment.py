@@ -1,0 +1,208 @@
+"""The settings of an environment: what may be written, and that every mistake is told with its line and remedy."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.settings import SettingsError
+from infra.settings import SECRETS, Environment, described, read_environment
+
+ROOT = Path(__file__).parents[2]
+STACKS = sorted(path.name.split(".")[1] for path in ROOT.glob("Pulumi.*.yaml"))
+
+# The pipeline that this product was asked for, whole: cluster, A100 pool, dataset, LoRA settings, gate, two replicas.
+SEED = """\
+config:
+  azure-native:location: swedencentral
+  drydock:owner: ml-platform
+  drydock:network: {authorized_ip_ranges: [198.18.0.7/32]}
+  drydock:pools:
+    a100:
+      vm_size: Standard_NC24ads_A100_v4
+      max_nodes: 2
+  drydock:base:
+    model: meta-llama/Llama-3.1-8B-Instruct
+    revision: 0e9e39f249a16976918f6564b8830bc894c89659
+  drydock:adapters:
+    domain-llama:
+      dataset: rehearsal/data/kubectl.jsonl
+      learning_rate: 2e-4
+      num_train_epochs: 3
+      per_device_train_batch_size: 4
+      gradient_accumulation_steps: 4
+      lora_r: 16
+      lora_alpha: 32
+      lora_dropout: 0.05
+      gate: {metric: exact_match, min_gain: 0.05}
+  drydock:tuning: {pool: a100}
+  drydock:serving: {pool: a100, min_replicas: 2, max_replicas: 2, max_model_len: 4096}
+"""
+
+
+def as_pulumi(text: str) -> dict[str, Any]:
+    """The values as Pulumi's language host gets them: text, objects as JSON."""
+    config = yaml.safe_load(text)["config"]
+    return {
+        key.removeprefix("drydock:"): value if isinstance(value, str) else json.dumps(value)
+        for key, value in config.items()
+        if key.startswith("drydock:")
+    }
+
+
+def environment(text: str = SEED, **changes: Any) -> Environment:
+    return read_environment(as_pulumi(text) | changes, SECRETS, project="drydock")
+
+
+def problems(
+    tmp_path: Path, *edits: tuple[str, str], extra: dict[str, Any] | None = None, secret: tuple[str, ...] = ()
+) -> list[str]:
+    text = SEED
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    file = tmp_path / "Pulumi.dev.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        read_environment(as_pulumi(text) | (extra or {}), secret, project="drydock", file=file)
+    return error.value.problems
+
+
+def test_the_seed_fits_in_sixty_lines_and_reads_as_meant() -> None:
+    assert len(SEED.splitlines()) <= 60
+    env = environment()
+    assert env.adapters["domain-llama"].learning_rate == 2e-4
+    assert env.adapters["domain-llama"].gate.min_gain == 0.05
+    assert (env.serving.min_replicas, env.serving.max_replicas) == (2, 2)
+    assert env.pools["a100"].sku.gpus == 1
+    assert env.base.figures.num_hidden_layers == 32
+    assert env.max_lora_rank == 16
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_committed_environments_are_good(stack: str) -> None:
+    text = (ROOT / f"Pulumi.{stack}.yaml").read_text()
+    assert environment(text).owner
+    assert len(text.splitlines()) <= 60
+
+
+def test_several_adapters_share_one_base() -> None:
+    adapters = {name: {"dataset": f"{name}.jsonl", "lora_r": rank} for name, rank in (("a", 8), ("b", 64))}
+    env = environment(adapters=json.dumps(adapters))
+    assert (list(env.adapters), env.max_lora_rank) == (["a", "b"], 64)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (("vm_size: Standard", "vmsize: Standard"), ["Pulumi.dev.yaml:7: pools.a100.vmsize: unknown setting; did you mean vm_size?", "Pulumi.dev.yaml:6: pools.a100.vm_size: required, but absent"]),
+        (("drydock:owner", "drydock:ownr"), ["Pulumi.dev.yaml:3: ownr: unknown setting; did you mean owner?", "Pulumi.dev.yaml: owner: required, but absent"]),
+        (("learning_rate", "learning_rte"), ["Pulumi.dev.yaml:15: adapters.domain-llama.learning_rte: unknown setting; did you mean learning_rate?"]),
+        (("min_gain", "mingain"), ["Pulumi.dev.yaml:22: adapters.domain-llama.gate.mingain: unknown setting; did you mean min_gain?"]),
+        (("NC24ads_A100_v4", "NC24ads_A100v4"), ["Pulumi.dev.yaml:7: pools.a100.vm_size: Standard_NC24ads_A100v4: no such", "did you mean Standard_NC24ads_A100_v4"]),
+        (("0e9e39f249a16976918f6564b8830bc894c89659", "main"), ["Pulumi.dev.yaml:11: base.revision: string should match pattern", 'found "main"']),
+        (("meta-llama/Llama-3.1-8B-Instruct", "acme/secret-9B"), ["Pulumi.dev.yaml:9: base: acme/secret-9B is not in the catalogue: give its architecture"]),
+        (("max_nodes: 2", "max_nodes: 2\n      min_nodes: 3"), ["pools.a100: min_nodes = 3 is above max_nodes = 2"]),
+        (("min_replicas: 2", "min_replicas: 3"), ["serving: min_replicas = 3 is above max_replicas = 2"]),
+        (("198.18.0.7/32", "0.0.0.0/0"), ["network.authorized_ip_ranges: opens the API server to the whole internet"]),
+        (("198.18.0.7/32", "198.18.0.7/24"), ["network.authorized_ip_ranges.0: 198.18.0.7/24 has host bits set: write ADDRESS/BITS"]),
+        (("{authorized_ip_ranges", "{address_space: 10.1.0.0/24, authorized_ip_ranges"), ["network.address_space: is too small for nodes"]),
+        (("a100:", "A-100:"), ["pools.A-100"]),
+        (("lora_r: 16", "lora_r: 1024"), ["Pulumi.dev.yaml:19: adapters.domain-llama.lora_r: should be less than or equal to 512, found 1024"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_line_and_remedy(tmp_path: Path, edit: tuple[str, str], told: list[str]) -> None:
+    lines = problems(tmp_path, edit)
+    for text in told:
+        assert any(text in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (("tuning: {pool: a100}", "tuning: {pool: h100}"), "tuning.pool: h100 is not among the pools (a100)"),
+        (("serving: {pool: a100", "serving: {pool: h100"), "serving.pool: h100 is not among the pools (a100)"),
+        (("{authorized_ip_ranges", "{private: true, authorized_ip_ranges"), "a private API server has no public address"),
+        (("network: {authorized_ip_ranges: [198.18.0.7/32]}", "network: {}"), "required for a public API server"),
+        (("max_nodes: 2", "max_nodes: 1"), "2 replicas need as many GPUs, but pool a100 has 1 at most: raise pools.a100.max_nodes"),
+        (("max_nodes: 2", "alternatives: [Standard_NC40ads_H100_v5]\n      max_nodes: 2"), "an agent pool has one size: set cluster.provisioning: automatic"),
+        (("domain-llama", "base"), "base.served_name: base is also the name of an adapter"),
+        (("max_nodes: 2", "max_nodes: 3\n      spot: true"), "is a spot pool, which may lose all replicas at once"),
+        (("drydock:tuning", "drydock:cluster: {tier: Free}\n  drydock:tuning"), "cluster.tier: Free has no SLA"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_told(tmp_path: Path, edit: tuple[str, str], told: str) -> None:
+    three = ("min_replicas: 2, max_replicas: 2", "min_replicas: 3, max_replicas: 3")
+    edits = [
+        edit,
+        *([three, ("max_nodes: 2", "max_nodes: 3")] if "tier" in told else [three] if "spot" in told else []),
+    ]
+    lines = problems(tmp_path, *edits)
+    assert any(told in line and line.startswith("Pulumi.dev.yaml: ") for line in lines), lines
+
+
+def test_all_problems_come_together(tmp_path: Path) -> None:
+    lines = problems(
+        tmp_path,
+        ("learning_rate: 2e-4", "learning_rate: 5"),
+        ("lora_r", "lora_rank"),
+        ("max_nodes: 2", "max_nodes: many"),
+    )
+    assert len(lines) == 3, lines
+
+
+def test_secrets_in_plain_text_are_refused_and_not_repeated(tmp_path: Path) -> None:
+    lines = problems(tmp_path, extra={"api_keys": '{"team-a": "hunter2"}', "huggingface_token": "hf_hunter2"})
+    assert [line.split(": ")[1] for line in lines] == ["api_keys", "huggingface_token"]
+    assert all("pulumi config set --secret" in line for line in lines)
+    assert "--path 'drydock:api_keys.CLIENT'" in lines[0]
+    assert "hunter2" not in "".join(lines)
+
+
+def test_a_malformed_secret_is_not_shown(tmp_path: Path) -> None:
+    lines = problems(tmp_path, extra={"api_keys": '{"team-a": ["hunter2"]}'}, secret=("api_keys",))
+    assert lines and "a secret" in lines[0]
+    assert "hunter2" not in "".join(lines)
+
+
+def test_secrets_are_masked_in_the_model() -> None:
+    env = environment(api_keys='{"team-a": "hunter2"}', huggingface_token="hf_hunter2")
+    assert env.api_keys["team-a"].get_secret_value() == "hunter2"
+    assert "hunter2" not in repr(env) + str(env)
+
+
+def test_the_empty_defaults_of_the_project_file_mean_none() -> None:
+    project = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
+    defaults = {key: entry["default"] for key, entry in project.items() if "default" in entry}
+    filled = {key: value if isinstance(value, str) else json.dumps(value) for key, value in defaults.items()}
+    env = read_environment(filled | as_pulumi(SEED), (), project="drydock")
+    assert env == environment()
+    assert env.huggingface_token is None
+
+
+def test_the_project_file_describes_every_setting_as_the_code_does() -> None:
+    project = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
+    assert list(project) == list(Environment.model_fields)
+    for name, entry in project.items():
+        field = Environment.model_fields[name]
+        assert entry["description"] == field.description
+        assert ("default" in entry) != field.is_required(), name
+
+
+def test_every_setting_is_described() -> None:
+    lines = list(described())
+    assert len(lines) > 60
+    assert not [line for line in lines if " None " in line or "  [" in line.removesuffix("]")[:46]]
+    assert any(line.startswith("adapters.NAME.gate.min_gain ") for line in lines)
+
+
+def test_reading_changes_nothing_that_was_given() -> None:
+    values = as_pulumi(SEED)
+    before = copy.deepcopy(values)
+    read_environment(values, (), project="drydock")
+    assert values == before

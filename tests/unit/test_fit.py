@@ -1,0 +1,436 @@
+"""The estimates against published figures and against what autograd really keeps; remedies that hold; the command."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from common import exits
+from infra.catalog import MODELS, SKUS, Architecture, sku
+from infra.fit import (
+    GIB,
+    Fit,
+    ServingLoad,
+    TuningLoad,
+    check_serving,
+    check_tuning,
+    explain_serving,
+    explain_tuning,
+    largest_batch,
+    largest_concurrency,
+    largest_context,
+    largest_sequence,
+    main,
+    serving_fit,
+    smallest_sku,
+    tuning_fit,
+)
+from serving.engine import vllm_command
+from serving.spec import ServingSpec
+
+A100 = sku("Standard_NC24ads_A100_v4")
+T4 = sku("Standard_NC4as_T4_v3")
+LLAMA_8B = MODELS["meta-llama/Llama-3.1-8B-Instruct"]
+LLAMA_3B = MODELS["meta-llama/Llama-3.2-3B"]
+ALL_LINEAR = tuple(LLAMA_8B.linear_layers)
+SERVING = ServingLoad(context=4096, concurrency=64, lora_slots=2, lora_rank=16)
+TUNING = TuningLoad(batch_rows=4, max_seq_length=1024, lora_r=16, target_modules=ALL_LINEAR)
+
+
+def gib(fit: Fit, name: str) -> float:
+    return next(term.gib for term in fit.terms if term.name == name)
+
+
+# --- published figures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "published_gib"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 14.96),  # vLLM's log in vllm PR 10511, Llama 3 8B
+        ("Qwen/Qwen2.5-32B-Instruct", 2 * 30.71),  # vllm issue 15815, on each of two GPUs
+        ("Qwen/Qwen2.5-14B-Instruct", 2 * 13.9476),  # vllm issue 13061, its distilled DeepSeek R1 on two GPUs
+    ],
+)
+def test_weights_are_what_vllm_logs(model, published_gib):
+    assert gib(serving_fit(MODELS[model], A100, SERVING), "weights") == pytest.approx(published_gib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "published_gib"),
+    [  # huggingface.co/blog/llama31, "KV cache size for FP16"; its 16k and 128k are thousands (blog issue 2345)
+        ("meta-llama/Llama-3.1-8B", 1024, 0.125),
+        ("meta-llama/Llama-3.1-8B", 16000, 1.95),
+        ("meta-llama/Llama-3.1-8B", 128000, 15.62),
+        ("meta-llama/Llama-3.1-70B", 1024, 0.313),
+        ("meta-llama/Llama-3.1-70B", 16000, 4.88),
+        ("meta-llama/Llama-3.1-70B", 128000, 39.06),
+    ],
+)
+def test_kv_cache_is_that_of_the_llama_31_announcement(model, tokens, published_gib):
+    fit = serving_fit(MODELS[model], A100, replace(SERVING, context=tokens, concurrency=1))
+    assert gib(fit, "KV cache") == pytest.approx(published_gib, rel=0.005)
+
+
+def test_what_is_left_for_the_kv_cache_is_what_vllm_logs():
+    """vllm PR 10511: Llama 3 8B, 256 requests, 71.29 GiB to use, 53.29 GiB of it left for the KV cache, no LoRA."""
+    fit = serving_fit(LLAMA_8B, A100, ServingLoad(context=16, concurrency=256, lora_slots=0, lora_rank=1))
+    assert fit.total_gib - gib(fit, "KV cache") == pytest.approx(71.29 - 53.29, rel=0.1)
+    assert fit.available_gib == pytest.approx(71.29, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rank", "modules", "published_bytes"),
+    [
+        (32, ("q_proj", "v_proj"), 22_292_725_760),  # lora--llama-3.2-3B-rank32.json
+        (64, ("q_proj", "v_proj"), 22_552_772_608),  # lora--llama-3.2-3B-rank64.json
+        (10, ("gate_proj", "up_proj", "down_proj"), 24_698_159_104),  # lora--llama-3.2-3B-rank10-target-mlp.json
+    ],
+)
+def test_tuning_peak_is_that_of_pefts_comparison(rank, modules, published_bytes):
+    """`accelerator_memory_max` of peft's method_comparison/MetaMathQA/results at 5d602fd (Llama 3.2 3B, L40S, bf16).
+
+    Batches of 4 rows without checkpointing or dropout, AdamW, fp32 adapters; rows are limited to about 768 tokens, which
+    the longest batch is taken to have. It is torch's own peak, so without the CUDA context.
+    """
+    fit = tuning_fit(LLAMA_3B, A100, TuningLoad(4, 768, rank, modules, lora_dropout=0))
+    assert (fit.total_gib - gib(fit, "runtime")) * GIB == pytest.approx(published_bytes, rel=0.1)
+
+
+# --- what the code really does -------------------------------------------------------------------------------------
+
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,  # as in real models, the peak is at the logits
+    "max_position_embeddings": 4096,
+    "head_dim": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "rows", "on"),
+    [
+        ("llama", 2, A100),  # a padded batch: mask and repeated heads
+        ("llama", 1, T4),  # no padding; fp32, as tune.load_model takes it without bf16
+        ("qwen3", 2, A100),
+        ("phi3", 2, A100),
+    ],
+)
+def test_activations_are_what_a_pass_of_tune_keeps(family, rows, on):
+    head = {"head_dim": None} if family == "phi3" else {}
+    one, three = (Architecture(model_type=family, num_hidden_layers=n, **{**TINY, **head}) for n in (1, 3))
+    load = TuningLoad(rows, 96, 16, tuple(one.linear_layers))
+    measured = [_peak_bytes(model, load, on.gpu.bf16) for model in (one, three)]
+    # On a CPU dropout keeps its mask in four bytes, on CUDA in one.
+    masks = 3 * load.tokens * sum(inputs for inputs, _ in one.linear_layers.values())
+    fits = [tuning_fit(model, on, load) for model in (one, three)]
+    kept = [(gib(fit, "activations") + gib(fit, "logits")) * GIB for fit in fits]
+    assert kept[1] - kept[0] + 2 * masks == pytest.approx(measured[1] - measured[0], rel=0.002)  # two layers
+    assert kept[1] + 3 * masks == pytest.approx(measured[1], rel=0.1)
+
+
+def _peak_bytes(model: Architecture, load: TuningLoad, bf16: bool) -> int:
+    """The most that torch has allocated at once during forward and backward of `training.tune`, beyond the weights."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from training.encode import Example
+    from training.tune import summed_loss
+
+    settings = {**model.model_dump(exclude_none=True), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(**settings)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM", r=load.lora_r, target_modules=list(load.target_modules), lora_dropout=0.05
+    )
+    tuned = get_peft_model(base, adapter).train()
+    lengths = [load.max_seq_length - 3 * row for row in range(load.batch_rows)]
+    batch = [Example(line, (5,) * length, 2) for line, length in enumerate(lengths)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        summed_loss(tuned, batch, torch.device("cpu")).backward()  # type: ignore[no-untyped-call]
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_lora_slots_are_those_of_the_engine():
+    spec = ServingSpec(base_model="m", store="s", adapters=("a", "b", "c"))
+    command = vllm_command(spec, host="127.0.0.1", port=1)
+    four = int(command[command.index("--max-loras") + 1])
+    question: dict[str, Any] = {"context": 131072, "concurrency": 64, "lora_rank": 512}
+    (told,) = check_serving("m", LLAMA_8B, A100.name, adapters=3, **question)
+    wanted = serving_fit(LLAMA_8B, A100, ServingLoad(lora_slots=four, **question))
+    assert f"about {wanted.total_gib:.1f} GiB" in told
+    assert gib(wanted, "LoRA slots") > 8  # so that one slot more or less shows in the total
+
+
+def test_lora_slots_hold_every_layer_at_the_rank_that_vllm_allows():
+    slots = gib(serving_fit(LLAMA_8B, A100, replace(SERVING, lora_slots=1, lora_rank=24)), "LoRA slots")
+    layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert slots * GIB == 32 * (32 * layer + 2 * (128256 + 4096)) * 2  # 24 is padded to 32
+
+
+# --- how the estimates move ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["context", "concurrency", "lora_slots", "lora_rank"])
+def test_more_to_serve_never_needs_less(field):
+    changes: list[dict[str, Any]] = [{field: n} for n in (1, 2, 17, 64, 500)]
+    totals = [serving_fit(LLAMA_8B, A100, replace(SERVING, **change)).total_gib for change in changes]
+    assert all(before <= after for before, after in pairwise(totals)) and totals[0] < totals[-1]
+
+
+@pytest.mark.parametrize("field", ["batch_rows", "max_seq_length", "lora_r"])
+def test_more_to_tune_needs_more(field):
+    changes: list[dict[str, Any]] = [{field: n} for n in (1, 2, 17, 64, 500)]
+    totals = [tuning_fit(LLAMA_8B, A100, replace(TUNING, **change)).total_gib for change in changes]
+    assert all(before < after for before, after in pairwise(totals))
+
+
+def test_kv_pages_are_whole():
+    caches = [
+        gib(serving_fit(LLAMA_8B, A100, replace(SERVING, context=n)), "KV cache") for n in (4080, 4081, 4096, 4097)
+    ]
+    assert caches[0] < caches[1] == caches[2] < caches[3]
+
+
+def test_precision_widens_what_it_should():
+    half, full = (serving_fit(LLAMA_8B, A100, replace(SERVING, dtype=dtype)) for dtype in ("auto", "float32"))
+    for name in ("weights", "KV cache", "LoRA slots"):
+        assert gib(full, name) == 2 * gib(half, name)
+    assert gib(tuning_fit(LLAMA_8B, T4, TUNING), "base weights") == 2 * gib(half, "weights")
+
+
+def test_checkpointing_keeps_one_layer_and_the_borders_of_the_others():
+    plain, thrifty = (
+        gib(tuning_fit(LLAMA_8B, A100, replace(TUNING, gradient_checkpointing=on)), "activations")
+        for on in (False, True)
+    )
+    borders = 4096 * 32 * 4096 * 2 / GIB
+    assert thrifty == pytest.approx(plain / 32 + borders)
+
+
+def test_a_small_gpu_leaves_room_for_the_cuda_context():
+    sixth = serving_fit(LLAMA_8B, sku("Standard_NV6ads_A10_v5"), SERVING)
+    assert sixth.available_gib == pytest.approx(3.6 - 0.5)  # and not 0.9 x 3.6
+    assert serving_fit(LLAMA_8B, A100, SERVING).available_gib == pytest.approx(0.9 * 79.1)
+
+
+def test_vllm_starts_with_one_full_context():
+    fit = serving_fit(LLAMA_8B, A100, replace(SERVING, context=8192))
+    assert (fit.fits, fit.starts) == (False, True)
+    alone = serving_fit(LLAMA_8B, A100, replace(SERVING, context=8192, concurrency=1))
+    assert fit.minimum_gib - alone.total_gib == pytest.approx(gib(fit, "activations") - gib(alone, "activations"))
+
+
+# --- remedies ------------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    ("meta-llama/Llama-3.1-8B-Instruct", "Standard_NC24ads_A100_v4"),
+    ("meta-llama/Llama-3.2-1B", "Standard_NC4as_T4_v3"),
+    ("Qwen/Qwen2.5-14B-Instruct", "Standard_NC40ads_H100_v5"),
+    ("microsoft/Phi-3-mini-128k-instruct", "Standard_NV18ads_A10_v5"),
+    ("mistralai/Mistral-Small-24B-Instruct-2501", "Standard_ND96isr_H200_v5"),
+]
+
+
+@pytest.mark.parametrize(("model", "size"), PAIRS)
+@pytest.mark.parametrize("concurrency", [8, 200])
+def test_the_largest_context_fits_and_a_page_more_does_not(model, size, concurrency):
+    model, size, load = MODELS[model], sku(size), replace(SERVING, concurrency=concurrency)
+    longest = largest_context(model, size, load)
+    assert longest % 16 == 0 and (not longest or serving_fit(model, size, replace(load, context=longest)).fits)
+    if longest < model.max_position_embeddings:
+        assert not serving_fit(model, size, replace(load, context=longest + 16)).fits
+
+
+@pytest.mark.parametrize(("model", "size"), PAIRS)
+def test_the_largest_concurrency_fits_and_one_more_does_not(model, size):
+    model, size = MODELS[model], sku(size)
+    load = replace(SERVING, context=2048)
+    most = largest_concurrency(model, size, load)
+    assert most and serving_fit(model, size, replace(load, concurrency=most)).fits
+    assert not serving_fit(model, size, replace(load, concurrency=most + 1)).fits
+
+
+@pytest.mark.parametrize(("model", "size"), PAIRS)
+def test_the_largest_batch_and_sequence_fit_and_more_does_not(model, size):
+    model, size = MODELS[model], sku(size)
+    load = replace(TUNING, max_seq_length=256, target_modules=tuple(model.linear_layers))
+    rows, tokens = largest_batch(model, size, load), largest_sequence(model, size, replace(load, batch_rows=1))
+    if rows:
+        assert tuning_fit(model, size, replace(load, batch_rows=rows)).fits
+    assert not tuning_fit(model, size, replace(load, batch_rows=rows + 1)).fits
+    if tokens:
+        assert tuning_fit(model, size, replace(load, batch_rows=1, max_seq_length=tokens)).fits
+    if tokens < model.max_position_embeddings:
+        assert not tuning_fit(model, size, replace(load, batch_rows=1, max_seq_length=tokens + 16)).fits
+    assert bool(rows) == (tokens >= 256)
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-32B-Instruct"])
+@pytest.mark.parametrize(
+    "load", [SERVING, replace(SERVING, concurrency=4, dtype="bfloat16"), TUNING], ids=["64", "bf16", "tune"]
+)
+def test_the_smallest_sku_fits_and_no_cheaper_one_does(model, load):
+    model = MODELS[model]
+    told = explain_tuning if isinstance(load, TuningLoad) else explain_serving
+    fitting = [size for size in SKUS.values() if not told(model, size, load)]
+    assert smallest_sku(model, load) == min(fitting, key=lambda size: size.usd_per_hour, default=None)
+
+
+# --- what people are told ------------------------------------------------------------------------------------------
+
+
+def serve(model: Architecture = LLAMA_8B, size: str = A100.name, **changes: Any) -> list[str]:
+    question: dict[str, Any] = {"context": 4096, "concurrency": 64, "adapters": 2, "lora_rank": 16, **changes}
+    return check_serving("base", model, size, **question)
+
+
+def tune(model: Architecture = LLAMA_8B, size: str = A100.name, **changes: Any) -> list[str]:
+    question: dict[str, Any] = {
+        "batch_rows": 4,
+        "max_seq_length": 1024,
+        "lora_r": 16,
+        "target_modules": ALL_LINEAR,
+        **changes,
+    }
+    return check_tuning("triage", model, size, **question)
+
+
+def test_the_seed_pipeline_fits_an_a100():
+    assert serve() == [] and tune() == []
+
+
+def test_serving_that_does_not_fit_is_told_with_numbers_and_remedies():
+    (told,) = serve(context=8192)
+    assert told.startswith("serving base on Standard_NC24ads_A100_v4: about 80.9 GiB are needed of the 71.2 GiB ")
+    assert "(gpu_memory_utilization 0.9): KV cache 64.0, weights 15.0, " in told  # the largest first
+    assert "vLLM would start, but preempt" in told
+    longest = largest_context(LLAMA_8B, A100, ServingLoad(8192, 64, 3, 16))
+    assert (
+        f"what fits: max_model_len {longest} at max_num_seqs 64, or max_num_seqs 54 at max_model_len 8192, or " in told
+    )
+    assert told.endswith("Standard_NC40ads_H100_v5 ($6.98/h)")
+
+
+def test_tuning_that_does_not_fit_is_told_with_numbers_and_remedies():
+    (told,) = tune(batch_rows=8)
+    assert told.startswith("tuning triage on Standard_NC24ads_A100_v4: about 113.5 GiB are needed of the 79.1 GiB of")
+    assert ": activations 85.1, base weights 15.0, logits 11.7, " in told
+    assert (
+        "what fits: per_device_train_batch_size 5 (with more gradient_accumulation_steps the result is the same)"
+        in told
+    )
+    assert tune(batch_rows=5) == [] and tune(batch_rows=6) != []
+
+
+def test_where_not_one_row_fits_the_longest_single_row_is_told():
+    (told,) = tune(MODELS["Qwen/Qwen2.5-7B-Instruct"], "Standard_NV36ads_A10_v5")
+    length = int(told.partition("what fits: max_seq_length ")[2].partition(" at per_device_train_batch_size 1,")[0])
+    assert 256 < length < 1024
+    assert (
+        tune(MODELS["Qwen/Qwen2.5-7B-Instruct"], "Standard_NV36ads_A10_v5", batch_rows=1, max_seq_length=length) == []
+    )
+
+
+def test_a_model_that_no_gpu_holds():
+    (told,) = serve(MODELS["meta-llama/Llama-3.3-70B-Instruct"])
+    assert "weights 131.4" in told and told.endswith("no GPU of the catalogue holds it: a smaller model")
+    assert "would start" not in told
+
+
+def test_a_context_beyond_the_model():
+    told = serve(context=131073)
+    assert told == [
+        "serving base on Standard_NC24ads_A100_v4: max_model_len 131073 is beyond the model's 131072 tokens"
+    ]
+    assert "max_seq_length 200000 is beyond the model's 131072 tokens" in tune(max_seq_length=200000)[0]
+
+
+def test_bfloat16_on_a_t4():
+    small = MODELS["meta-llama/Llama-3.2-1B"]
+    assert serve(small, T4.name, concurrency=4) == []
+    (told,) = serve(small, T4.name, concurrency=4, dtype="bfloat16")
+    assert told.endswith("a T4 cannot compute in bfloat16; set dtype to float16 or auto")
+
+
+def test_layers_that_the_model_does_not_have():
+    (told,) = tune(MODELS["microsoft/Phi-3-mini-4k-instruct"])
+    assert told.endswith(
+        "lora_target_modules: gate_proj, k_proj, q_proj, up_proj, v_proj not in this base; "
+        "it has qkv_proj, o_proj, gate_up_proj, down_proj"
+    )
+
+
+def test_bad_values_are_problems_not_exceptions():
+    assert "did you mean Standard_NC24ads_A100_v4?" in serve(size="Standard_NC24ads_A100v4")[0]
+    assert "did you mean Standard_NC24ads_A100_v4?" in tune(size="Standard_NC24ads_A100v4")[0]
+    assert "rank 513 is beyond 512" in serve(lora_rank=513)[0]
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+COMMAND = ["--model", "meta-llama/Llama-3.1-8B-Instruct", "--sku", A100.name]
+
+
+def test_command_prints_both_tables(capsys):
+    assert main(COMMAND) == exits.OK
+    told = capsys.readouterr().out
+    assert told.startswith("Standard_NC24ads_A100_v4: 1 x A100 80GB, 79.1 GiB seen by the driver, $3.67/h")
+    assert "Serving 64 requests x 4096 tokens, 2 LoRA slots (estimate)" in told
+    assert "Tuning 4 rows x 1024 tokens, rank 16 (estimate)" in told
+    assert "14.96 GiB  8,030,261,248 parameters x 2 bytes  [config.json]" in told
+    assert told.count("\n  fits") == 2 and "does not fit" not in told
+
+
+def test_command_tells_what_does_not_fit(capsys):
+    assert main([*COMMAND, "--context", "8192", "--adapters", "4", "--batch", "1"]) == exits.FAILED
+    told = capsys.readouterr().out
+    assert told.count("\n  fits") == 1 and "does not fit: about 81." in told and "5 LoRA slots" in told
+
+
+def test_command_compares_all_sizes(capsys):
+    assert main(["--model", "meta-llama/Llama-3.1-8B-Instruct", "--sku", "all"]) == exits.OK
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert set(lines) == set(SKUS)
+    assert lines[A100.name].count(" yes") == 2 and lines[T4.name].count(" no") == 2
+    assert main(["--model", "meta-llama/Llama-3.1-70B", "--sku", "all"]) == exits.FAILED
+
+
+def test_command_takes_a_config_json(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_8B.model_dump() | {"rope_theta": 1}))
+    assert main(["--config", str(path), "--sku", A100.name]) == exits.OK
+    assert "8,030,261,248 parameters" in capsys.readouterr().out
+    path.write_text("{}")
+    assert main(["--config", str(path), "--sku", "all"]) == exits.INPUT
+    assert "hidden_size: required, but absent" in capsys.readouterr().err
+
+
+def test_command_tells_all_bad_input_together(capsys):
+    bad = [
+        "--model",
+        "meta-llama/Llama-3.1-8",
+        "--sku",
+        "Standard_NC24ads_A100v4",
+        "--context",
+        "3",
+        "--lora-rank",
+        "x",
+    ]
+    assert main(bad) == exits.INPUT
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["--model", "--sku", "--context", "--lora-rank"]
+    assert "did you mean meta-llama/Llama-3.1-8B?" in told[0] and "--config" in told[0]
+    assert main(["--sku", "all"]) == exits.INPUT
+    assert "--model or --config is needed" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The Kubernetes side of the stack: what runs in the cluster, and what it may reach."""

@@ -1,0 +1,221 @@
+"""What clients reach: the router before the replicas, its Service, and who may ask it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pulumi
+from pulumi_kubernetes import apps, core, meta, networking, policy, rbac
+
+from workloads.metrics import scraped
+from workloads.namespaces import SERVING
+from workloads.placement import apps_node_selector
+from workloads.pods import container_security, http_probe, mount, pod_security, resources, scratch, spread
+from workloads.policies import (
+    egress_https,
+    egress_to,
+    ingress_from,
+    ingress_from_addresses,
+    ingress_scrape,
+    network_policy,
+)
+from workloads.serving import LABELS as ENGINE_LABELS
+from workloads.serving import PORT as ENGINE_PORT
+from workloads.serving import ROUTER_LABELS
+
+SERVICE = "drydock"
+CLIENT_LABEL = {"drydock/client": "true"}
+"""Label of the namespaces whose pods may ask."""
+PORT = 8080
+METRICS = 29000
+REPLICAS = 2
+
+REQUEST_SECONDS = 600  # what serving/router.py allows one request
+PRE_STOP_SECONDS = 10  # SIGTERM closes the port at once (seen with 0.1.17): Service and load balancer must know before
+GRACE_SECONDS = PRE_STOP_SECONDS + REQUEST_SECONDS + 5  # running requests end; the process exits as soon as they have
+
+
+@dataclass(frozen=True)
+class RouterArgs:
+    """`vnet_ranges`: who may ask from outside the cluster, with expose `vnet`; `nodes`: the most that `apps` can have."""
+
+    image: pulumi.Input[str]  # by digest
+    expose: Literal["cluster", "vnet"]
+    vnet_ranges: tuple[str, ...]
+    nodes: int
+    namespace: pulumi.Input[str] = SERVING
+
+
+class Router(pulumi.ComponentResource):
+    """Two routers on nodes without GPU, which find the replicas by watching pods, behind the Service `drydock`."""
+
+    url: pulumi.Output[str]
+    """Base of the OpenAI API, without /v1: inside the cluster, or inside the virtual network when exposed to it."""
+
+    def __init__(self, name: str, args: RouterArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("drydock:workloads:Router", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        account = self._account(name, args, child)
+        network_policy(
+            "router",
+            args.namespace,
+            labels=ROUTER_LABELS,
+            ingress=[_from_clients(args), ingress_scrape(METRICS)],
+            egress=[egress_to(ENGINE_LABELS, ENGINE_PORT), egress_https()],  # HTTPS: the API server
+            resource_name=f"{name}-network",
+            opts=child,
+        )
+        policy.v1.PodDisruptionBudget(
+            f"{name}-disruption",
+            metadata=meta.v1.ObjectMetaArgs(name="router", namespace=args.namespace),
+            spec=policy.v1.PodDisruptionBudgetSpecArgs(
+                max_unavailable=1,
+                selector=meta.v1.LabelSelectorArgs(match_labels=ROUTER_LABELS),
+                unhealthy_pod_eviction_policy="AlwaysAllow",
+            ),
+            opts=child,
+        )
+        # Awaited, unlike the engine: neither a GPU nor a model is needed for it, only an image of some gigabytes.
+        patient = pulumi.ResourceOptions(parent=self, custom_timeouts=pulumi.CustomTimeouts(create="30m", update="30m"))
+        apps.v1.Deployment(
+            f"{name}-deployment",
+            metadata=meta.v1.ObjectMetaArgs(name="router", namespace=args.namespace, labels=ROUTER_LABELS),
+            spec=apps.v1.DeploymentSpecArgs(
+                replicas=REPLICAS,
+                selector=meta.v1.LabelSelectorArgs(match_labels=ROUTER_LABELS),
+                strategy=apps.v1.DeploymentStrategyArgs(
+                    type="RollingUpdate",
+                    rolling_update=apps.v1.RollingUpdateDeploymentArgs(max_surge=1, max_unavailable=0),
+                ),
+                progress_deadline_seconds=1800,  # as long as Pulumi waits
+                template=core.v1.PodTemplateSpecArgs(
+                    metadata=meta.v1.ObjectMetaArgs(labels=ROUTER_LABELS, annotations=scraped(METRICS)),
+                    spec=_pod(args, account),
+                ),
+            ),
+            opts=patient,
+        )
+        vnet = args.expose == "vnet"
+        service = core.v1.Service(
+            f"{name}-service",
+            metadata=meta.v1.ObjectMetaArgs(
+                name=SERVICE,
+                namespace=args.namespace,
+                labels=ROUTER_LABELS,
+                annotations={"service.beta.kubernetes.io/azure-load-balancer-internal": "true"} if vnet else None,
+            ),
+            spec=core.v1.ServiceSpecArgs(
+                type="LoadBalancer" if vnet else "ClusterIP",
+                # Local keeps the client's address, which the network policy asks for; Cluster would show a node's.
+                external_traffic_policy="Local" if vnet else None,
+                selector=ROUTER_LABELS,
+                ports=[core.v1.ServicePortArgs(name="http", port=80, target_port=PORT)],
+            ),
+            opts=patient,
+        )
+        inside = pulumi.Output.format("http://{0}.{1}.svc.cluster.local", SERVICE, args.namespace)
+        self.url = pulumi.Output.all(inside, service.status).apply(_address) if vnet else inside
+        self.register_outputs({"url": self.url})
+
+    def _account(self, name: str, args: RouterArgs, child: pulumi.ResourceOptions) -> pulumi.Output[str]:
+        """Service account `router`, the only one of ours with a token for the API server: it may read pods."""
+        metadata = meta.v1.ObjectMetaArgs(name="router", namespace=args.namespace)
+        account = core.v1.ServiceAccount(
+            f"{name}-account", metadata=metadata, automount_service_account_token=True, opts=child
+        )
+        role = rbac.v1.Role(
+            f"{name}-role",
+            metadata=metadata,
+            rules=[rbac.v1.PolicyRuleArgs(api_groups=[""], resources=["pods"], verbs=["get", "list", "watch"])],
+            opts=child,
+        )
+        rbac.v1.RoleBinding(
+            f"{name}-binding",
+            metadata=metadata,
+            role_ref=rbac.v1.RoleRefArgs(
+                api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.apply(lambda made: made.name)
+            ),
+            subjects=[
+                rbac.v1.SubjectArgs(
+                    kind="ServiceAccount",
+                    name=account.metadata.apply(lambda made: made.name),
+                    namespace=args.namespace,
+                )
+            ],
+            opts=child,
+        )
+        return account.metadata.apply(lambda made: str(made.name))
+
+
+def _address(inside_and_status: tuple[str, core.v1.outputs.ServiceStatus | None]) -> str:
+    """The load balancer's address, which the service has once Pulumi has waited for it."""
+    inside, status = inside_and_status
+    ingress = status.load_balancer.ingress if status and status.load_balancer else None
+    return f"http://{ingress[0].ip}" if ingress else inside
+
+
+def _from_clients(args: RouterArgs) -> networking.v1.NetworkPolicyIngressRuleArgs:
+    """From this namespace (the stress test), namespaces that are labelled as clients, and what is exposed to."""
+    rule = ingress_from({}, PORT)
+    peers = [
+        *rule.from_,
+        networking.v1.NetworkPolicyPeerArgs(namespace_selector=meta.v1.LabelSelectorArgs(match_labels=CLIENT_LABEL)),
+    ]
+    if args.expose == "vnet":
+        peers += ingress_from_addresses(args.vnet_ranges, PORT).from_
+    return networking.v1.NetworkPolicyIngressRuleArgs(from_=peers, ports=rule.ports)
+
+
+def _pod(args: RouterArgs, account: pulumi.Input[str]) -> core.v1.PodSpecArgs:
+    return core.v1.PodSpecArgs(
+        service_account_name=account,
+        automount_service_account_token=True,  # it watches pods
+        enable_service_links=False,
+        security_context=pod_security(),
+        node_selector=apps_node_selector(),
+        topology_spread_constraints=spread(ROUTER_LABELS),
+        affinity=_apart() if args.nodes > 1 else None,
+        termination_grace_period_seconds=GRACE_SECONDS,
+        containers=[
+            core.v1.ContainerArgs(
+                name="router",
+                image=args.image,
+                command=[
+                    *("python", "-m", "serving", "router", "--host", "0.0.0.0", "--port", str(PORT)),
+                    *("--selector", "app=engine", "--namespace", args.namespace, "--replica-port", str(ENGINE_PORT)),
+                ],
+                ports=[
+                    core.v1.ContainerPortArgs(name="http", container_port=PORT),
+                    core.v1.ContainerPortArgs(name="metrics", container_port=METRICS),
+                ],
+                resources=resources(cpu="500m", cpu_limit="2", memory="1Gi", storage="1Gi"),
+                # Not /readiness, which is 503 without replicas: a Service without endpoints answers nobody, where the
+                # router says 503, retries, and counts the requests that wake a pool up. It lists the pods within a
+                # second of its start (seen with 0.1.17), hence the delay.
+                readiness_probe=http_probe("/liveness", PORT, period=5, failures=2, delay=5),
+                liveness_probe=http_probe("/liveness", PORT, period=10, failures=6, delay=30),
+                lifecycle=core.v1.LifecycleArgs(
+                    pre_stop=core.v1.LifecycleHandlerArgs(sleep=core.v1.SleepActionArgs(seconds=PRE_STOP_SECONDS))
+                ),
+                security_context=container_security(),
+                volume_mounts=[mount("tmp", "/tmp")],
+            )
+        ],
+        volumes=[scratch("tmp", "1Gi")],
+    )
+
+
+def _apart() -> core.v1.AffinityArgs:
+    """Not two on one node, so that the pool grows to a second one; a rollout's old pods do not count."""
+    return core.v1.AffinityArgs(
+        pod_anti_affinity=core.v1.PodAntiAffinityArgs(
+            required_during_scheduling_ignored_during_execution=[
+                core.v1.PodAffinityTermArgs(
+                    topology_key="kubernetes.io/hostname",
+                    label_selector=meta.v1.LabelSelectorArgs(match_labels=ROUTER_LABELS),
+                    match_label_keys=["pod-template-hash"],
+                )
+            ]
+        )
+    )
