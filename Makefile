@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit contract lint format setup registry lock images clean
+.PHONY: help rehearse test unit contract lint format setup registry azurite lock images preview up destroy clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -14,14 +14,14 @@ help:  ## this list
 rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" for your own, KEEP=1 leaves it up)
 	@$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
 
-test: setup registry lint  ## everything that must hold: lint, types, unit and contract tests
+test: setup registry azurite lint  ## everything that must hold: lint, types, unit and contract tests
 	$(UNIT)
 	$(BIN)/python -m pytest tests/contract
 
 unit: setup  ## the fast tests alone, for daily work
 	$(UNIT)
 
-contract: setup registry  ## the tests with real parts alone: vLLM, router, registry
+contract: setup registry azurite  ## the tests with real parts alone: vLLM, router, registry
 	$(BIN)/python -m pytest tests/contract
 
 lint: setup  ## ruff and mypy
@@ -54,6 +54,22 @@ registry:
 	    { apt-get install -y -q $$missing || { apt-get update -q && apt-get install -y -q $$missing; }; } >/dev/null 2>&1; fi; \
 	  for tool in $$missing; do command -v $$tool >/dev/null || \
 	    echo "no $$tool here and no right to install it: its tests are skipped"; done; fi
+
+azurite: setup  ## the Blob emulator of the contract tests (needs npm); 3.35.0 is the last that runs on Node 20
+	@test -x $(VENV)/azurite/node_modules/.bin/azurite-blob || ! command -v npm >/dev/null || \
+	  npm install --prefix $(VENV)/azurite --no-save --no-audit --no-fund --ignore-scripts --loglevel error azurite@3.35.0
+
+STACK ?= dev
+PULUMI = @command -v pulumi >/dev/null || { echo "the Pulumi CLI is needed: https://www.pulumi.com/docs/install/"; exit 1; }; pulumi
+
+preview:  ## what `pulumi up` would change in an environment (STACK=dev), held against policy/
+	$(PULUMI) preview --stack $(STACK) --policy-pack policy
+
+up:  ## bring an environment up (STACK=dev)
+	$(PULUMI) up --stack $(STACK) --policy-pack policy
+
+destroy:  ## remove an environment (STACK=dev); what is protected stays, and says so
+	$(PULUMI) destroy --stack $(STACK)
 
 # Python 3.11 is the oldest supported: without saying so, the result would depend on the one that runs here.
 LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

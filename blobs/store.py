@@ -31,7 +31,6 @@ from azure.core.credentials import AccessToken, AzureNamedKeyCredential, TokenCr
 from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceNotFoundError
 from azure.storage.blob import BlobClient, ContainerClient
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from blobs import BlobError
 from common.files import file_digest, write_atomic
@@ -120,15 +119,20 @@ class Transfer:
         self._what, self._total, self._done = what, total, 0
         self._started = self._last_line = time.monotonic()
         self._lock = threading.Lock()
-        watched = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not watched)
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # not on a deployer's machine, which pushes without a bar
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what)
 
     def add(self, size: int) -> None:
         with self._lock:
             self._done += size
-            self._bar.update(size)
+            if self._bar is not None:
+                self._bar.update(size)
+                return
             now = time.monotonic()
-            if self._bar.disable and now - self._last_line >= LINE_SECONDS:
+            if now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
                 speed = self._done / (now - self._started)
                 left = (self._total - self._done) / speed if speed else 0
@@ -137,15 +141,20 @@ class Transfer:
 
     def close(self) -> None:
         """End the bar; without one, tell what was moved and how fast."""
-        self._bar.close()
-        if self._bar.disable and self._done:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done:
             seconds = time.monotonic() - self._started
             log.info("%s: %s in %.1f s", self._what, shown(self._done), seconds)
 
 
 def shown(size: float) -> str:
     """`size` bytes as people read it: 4.98 GB."""
-    return f"{tqdm.format_sizeof(size)}B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 class BlobFolder:

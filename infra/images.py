@@ -16,7 +16,12 @@ from infra.uploads import ImageBuild
 
 __all__ = ["IMAGES", "Images", "ImagesArgs", "base_arguments", "context_files", "context_hash", "pack"]
 
-IMAGES = ("training", "serving", "stress")
+IMAGES = {
+    "training": "training/Dockerfile",
+    "serving": "serving/Dockerfile",
+    "router": "serving/router.Dockerfile",
+    "stress": "stress/Dockerfile",
+}
 
 # A preview: learn.microsoft.com/azure/container-registry/tasks-agent-pools, read in 2026-08; public cloud only.
 _AGENT_POOL_REGIONS = (
@@ -40,15 +45,16 @@ class Images(pulumi.ComponentResource):
 
     training: pulumi.Output[str]
     serving: pulumi.Output[str]
+    router: pulumi.Output[str]
     stress: pulumi.Output[str]
 
     def __init__(self, name: str, args: ImagesArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:infra:Images", name, None, opts)
         place = args.place
         contexts, problems = {}, []
-        for image in IMAGES:
+        for image, dockerfile in IMAGES.items():
             try:
-                contexts[image] = context_hash(context_files(args.root, f"{image}/Dockerfile"))
+                contexts[image] = context_hash(context_files(args.root, dockerfile))
             except SettingsError as error:
                 problems += error.problems
         if place.private and args.build_subnet_id is None:
@@ -67,9 +73,9 @@ class Images(pulumi.ComponentResource):
                     registry=args.registry.name,
                     image=f"drydock/{image}",
                     root=args.root,
-                    dockerfile=f"{image}/Dockerfile",
+                    dockerfile=IMAGES[image],
                     context=context,
-                    arguments=base_arguments(args.root / image / "Dockerfile", args.registry),
+                    arguments=base_arguments(args.root / IMAGES[image], args.registry),
                     agent_pool=agents.name if agents else None,
                     # The base image comes through a cache rule.
                     opts=pulumi.ResourceOptions(parent=self, depends_on=[args.registry]),
@@ -77,7 +83,7 @@ class Images(pulumi.ComponentResource):
             )
             for image, context in contexts.items()
         }
-        self.training, self.serving, self.stress = (references[image] for image in IMAGES)
+        self.training, self.serving, self.router, self.stress = (references[image] for image in IMAGES)
         self.register_outputs(references)
 
     def _agents(self, name: str, args: ImagesArgs) -> containerregistry.AgentPool:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pulumi
+
+if TYPE_CHECKING:
+    from infra.cluster import Cluster
+    from infra.images import Images
+    from infra.observability import Observability
+    from infra.place import Place
+    from infra.registry import Registry
+    from infra.settings import Environment
+    from infra.storage import Storage
+    from workloads.adapters import Adapters
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Outputs:
     )
     prometheus_endpoint: pulumi.Input[str] = field(metadata=said("Query endpoint of the managed Prometheus."))
     grafana_url: pulumi.Input[str | None] = field(metadata=said("The managed Grafana, if there is one."))
-    next_steps: pulumi.Input[list[str]] = field(metadata=said("Commands that show how it goes on."))
+    next_steps: pulumi.Input[list[Any]] = field(metadata=said("Commands that show how it goes on."))
 
 
 def export(outputs: Outputs) -> None:
@@ -63,3 +73,46 @@ def export(outputs: Outputs) -> None:
 def described() -> dict[str, Said]:
     """What is said of every output, by name."""
     return {each.name: each.metadata["said"] for each in fields(Outputs)}
+
+
+def of_environment(
+    env: Environment,
+    place: Place,
+    cluster: Cluster,
+    registry: Registry,
+    storage: Storage,
+    images: Images,
+    url: pulumi.Output[str],
+    store: pulumi.Output[str],
+    adapters: Adapters,
+    watch: str,
+    eyes: Observability,
+) -> Outputs:
+    """The outputs of an environment from its components."""
+    names = adapters.job_names
+    return Outputs(
+        resource_group=place.group,
+        location=place.location,
+        cluster_name=cluster.name,
+        cluster_id=cluster.id,
+        oidc_issuer_url=cluster.oidc_issuer_url,
+        kubeconfig=cluster.kubeconfig,
+        registry=registry.login_server,
+        adapter_store=store,
+        storage_account=storage.name,
+        images={name: getattr(images, name) for name in ("training", "serving", "router", "stress")},
+        endpoint=pulumi.Output.concat(url, "/v1"),
+        models=[env.base.served_name, *env.adapters],
+        client_label={"drydock/client": "true"},
+        tuning_jobs=names,
+        prometheus_endpoint=eyes.query_endpoint,
+        grafana_url=eyes.grafana_url,
+        next_steps=[
+            pulumi.Output.format("az aks get-credentials --resource-group {0} --name {1}", place.group, cluster.name),
+            *(
+                pulumi.Output.format("kubectl -n drydock-tuning logs -f job/{0} --all-containers", job)
+                for job in names.values()
+            ),
+            watch,
+        ],
+    )

@@ -52,6 +52,8 @@ class Network(Settings):
     @field_validator("address_space")
     @classmethod
     def _room(cls, value: str) -> str:
+        if ipaddress.ip_network(value).version != 4:
+            raise ValueError("is not IPv4, which nodes and pods have")
         if ipaddress.ip_network(value).prefixlen > 20:
             raise ValueError("is too small for nodes, API server and endpoints: give a /20 or larger")
         return value
@@ -232,6 +234,11 @@ class Environment(Settings):
         """The largest rank among the adapters, which every replica has room for."""
         return max((adapter.lora_r for adapter in self.adapters.values()), default=16)
 
+    @property
+    def other_gpus(self) -> int:
+        """GPUs of the serving pool that tuning Jobs may hold: one an adapter, where they share the pool."""
+        return len(self.adapters) if self.tuning.pool == self.serving.pool else 0
+
 
 SECRETS = {"api_keys": "--path 'drydock:api_keys.CLIENT'", "huggingface_token": "drydock:huggingface_token"}
 """The settings that must come encrypted, and what `pulumi config set --secret` wants to be told."""
@@ -284,6 +291,8 @@ def read_environment(
 def inconsistencies(env: Environment) -> list[str]:
     """What each setting allows by itself, but not together with the others."""
     found = []
+    if "apps" in env.pools:
+        found.append("pools.apps: the pool without GPU has this name: choose another")
     for user, pool in (("tuning.pool", env.tuning.pool), ("serving.pool", env.serving.pool)):
         if pool not in env.pools:
             found.append(f"{user}: {pool} is not among the pools ({', '.join(env.pools)})")

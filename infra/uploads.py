@@ -317,8 +317,8 @@ def _put(path: Path, props: Mapping[str, Any]) -> bool:
             raise SettingsError(error.problems) from None
         raise Refused(
             [
-                f"{_address(props)}: refused ({status} {code or ''}): whoever runs pulumi up needs the role Storage Blob "
-                f"Data Contributor on account {props['account']}; a new role takes up to ten minutes"
+                f"{_address(props)}: refused ({status} {code or ''}): whoever runs pulumi up needs the role Storage "
+                f"Blob Data Contributor on account {props['account']}; a new role takes up to ten minutes"
             ]
         ) from None
     return True

@@ -8,7 +8,7 @@ import pulumi
 def ending_with(cluster: pulumi.Resource) -> pulumi.ResourceTransform:
     """A transform that marks every Kubernetes object as deleted with `cluster`.
 
-    Without it, destroying or refreshing after the cluster is gone hangs on each object (pulumi-kubernetes #2463, #2675).
+    Without it, destroy and refresh hang on each object once the cluster is gone (pulumi-kubernetes #2463, #2675).
     """
 
     def transform(args: pulumi.ResourceTransformArgs) -> pulumi.ResourceTransformResult | None:

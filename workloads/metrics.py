@@ -25,7 +25,7 @@ def scraped(port: int) -> dict[str, str]:
 
 
 def settings_data(namespaces: tuple[str, ...]) -> dict[str, str]:
-    """`ama-metrics-settings-configmap`: sections that are left out keep their defaults, such as the kubelet's metrics."""
+    """`ama-metrics-settings-configmap`: sections that are left out keep their defaults, such as the kubelet's."""
     return {
         "schema-version": "v1",
         "config-version": "drydock",

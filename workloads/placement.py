@@ -13,7 +13,7 @@ from infra.pools import APPS, POOL_LABEL, Taint, gpu_taints
 if TYPE_CHECKING:
     from infra.settings import GpuPool
 
-# Left to the kubelet, the system and the agents of AKS on every node; AKS reserves by its own formula, this is above it.
+# Left to the kubelet, the system and the agents of AKS on every node; AKS's own formula reserves less.
 NODE_RESERVE_CPU = 1.0
 NODE_RESERVE_MEMORY = 0.15  # share
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pulumi
 from pulumi_kubernetes import core, meta
 
 USER = 10001  # the user of the images (see the Dockerfiles)
@@ -37,7 +38,7 @@ def shared_memory(size: str) -> core.v1.VolumeArgs:
     return core.v1.VolumeArgs(name="shm", empty_dir=core.v1.EmptyDirVolumeSourceArgs(medium="Memory", size_limit=size))
 
 
-def config(name: str, config_map: str) -> core.v1.VolumeArgs:
+def config(name: str, config_map: pulumi.Input[str]) -> core.v1.VolumeArgs:
     return core.v1.VolumeArgs(name=name, config_map=core.v1.ConfigMapVolumeSourceArgs(name=config_map))
 
 
@@ -48,7 +49,7 @@ def mount(name: str, path: str, *, read_only: bool = False) -> core.v1.VolumeMou
 def resources(
     *, cpu: str, memory: str, storage: str, gpus: int = 0, cpu_limit: str | None = None
 ) -> core.v1.ResourceRequirementsArgs:
-    """Requests with limits: memory and disk equal, so that a surprise ends this pod and no other; CPU up to `cpu_limit`.
+    """Requests with limits: memory and disk equal, so that a surprise ends this pod alone; CPU up to `cpu_limit`.
 
     Every container states its disk: pods without a request are the first to go when a node's disk fills.
     """
@@ -60,7 +61,7 @@ def resources(
 
 
 def spread(labels: dict[str, str]) -> list[core.v1.TopologySpreadConstraintArgs]:
-    """Over nodes and zones as far as there are any: a pod that finds no better place is worth more than an even count."""
+    """Over nodes and zones as far as there are any: a pod in a poor place is worth more than an even count."""
     return [
         core.v1.TopologySpreadConstraintArgs(
             max_skew=1,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pulumi
 from pulumi_kubernetes import apps, core, meta, networking, policy, rbac
 
+from workloads.engine import LABELS as ENGINE_LABELS
+from workloads.engine import PORT as ENGINE_PORT
+from workloads.engine import ROUTER_LABELS
 from workloads.metrics import scraped
 from workloads.namespaces import SERVING
 from workloads.placement import apps_node_selector
@@ -20,15 +23,14 @@ from workloads.policies import (
     ingress_scrape,
     network_policy,
 )
-from workloads.serving import LABELS as ENGINE_LABELS
-from workloads.serving import PORT as ENGINE_PORT
-from workloads.serving import ROUTER_LABELS
 
 SERVICE = "drydock"
 CLIENT_LABEL = {"drydock/client": "true"}
 """Label of the namespaces whose pods may ask."""
 PORT = 8080
 METRICS = 29000
+ROUTER_PORT = 8081  # inside the pod alone
+FRONT_METRICS = 8405
 REPLICAS = 2
 
 REQUEST_SECONDS = 600  # what serving/router.py allows one request
@@ -38,7 +40,7 @@ GRACE_SECONDS = PRE_STOP_SECONDS + REQUEST_SECONDS + 5  # running requests end; 
 
 @dataclass(frozen=True)
 class RouterArgs:
-    """`vnet_ranges`: who may ask from outside the cluster, with expose `vnet`; `nodes`: the most that `apps` can have."""
+    """`vnet_ranges`: who may ask from outside the cluster, with expose `vnet`; `nodes`: the most of pool `apps`."""
 
     image: pulumi.Input[str]  # by digest
     expose: Literal["cluster", "vnet"]
@@ -133,24 +135,24 @@ class Router(pulumi.ComponentResource):
         rbac.v1.RoleBinding(
             f"{name}-binding",
             metadata=metadata,
-            role_ref=rbac.v1.RoleRefArgs(
-                api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.apply(lambda made: made.name)
-            ),
+            role_ref=rbac.v1.RoleRefArgs(api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.name),
             subjects=[
                 rbac.v1.SubjectArgs(
                     kind="ServiceAccount",
-                    name=account.metadata.apply(lambda made: made.name),
+                    name=account.metadata.name,
                     namespace=args.namespace,
                 )
             ],
             opts=child,
         )
-        return account.metadata.apply(lambda made: str(made.name))
+        name_made: pulumi.Output[str] = account.metadata.apply(lambda made: str(made.name))
+        return name_made
 
 
-def _address(inside_and_status: tuple[str, core.v1.outputs.ServiceStatus | None]) -> str:
+def _address(inside_and_status: list[Any]) -> str:
     """The load balancer's address, which the service has once Pulumi has waited for it."""
-    inside, status = inside_and_status
+    inside: str = inside_and_status[0]
+    status: core.v1.outputs.ServiceStatus | None = inside_and_status[1]
     ingress = status.load_balancer.ingress if status and status.load_balancer else None
     return f"http://{ingress[0].ip}" if ingress else inside
 
@@ -179,30 +181,57 @@ def _pod(args: RouterArgs, account: pulumi.Input[str]) -> core.v1.PodSpecArgs:
         termination_grace_period_seconds=GRACE_SECONDS,
         containers=[
             core.v1.ContainerArgs(
-                name="router",
+                name="front",
                 image=args.image,
-                command=[
-                    *("python", "-m", "serving", "router", "--host", "0.0.0.0", "--port", str(PORT)),
-                    *("--selector", "app=engine", "--namespace", args.namespace, "--replica-port", str(ENGINE_PORT)),
+                # The router's port has routes that change its replicas, without a key: only this container reaches it.
+                # SIGUSR1 (10) is HAProxy's orderly end; SIGTERM (15) would cut running streams.
+                command=["dumb-init", "--rewrite", "15:10", "haproxy", "-db", "-f", "/app/serving/front.cfg"],
+                env=[
+                    core.v1.EnvVarArgs(name=name, value=value)
+                    for name, value in (
+                        ("FRONT_HOST", "0.0.0.0"),
+                        ("FRONT_PORT", str(PORT)),
+                        ("ROUTER_PORT", str(ROUTER_PORT)),
+                        ("FRONT_METRICS_PORT", str(FRONT_METRICS)),
+                    )
                 ],
-                ports=[
-                    core.v1.ContainerPortArgs(name="http", container_port=PORT),
-                    core.v1.ContainerPortArgs(name="metrics", container_port=METRICS),
-                ],
-                resources=resources(cpu="500m", cpu_limit="2", memory="1Gi", storage="1Gi"),
+                ports=[core.v1.ContainerPortArgs(name="http", container_port=PORT)],
+                resources=resources(cpu="250m", cpu_limit="2", memory="256Mi", storage="256Mi"),
                 # Not /readiness, which is 503 without replicas: a Service without endpoints answers nobody, where the
                 # router says 503, retries, and counts the requests that wake a pool up. It lists the pods within a
                 # second of its start (seen with 0.1.17), hence the delay.
                 readiness_probe=http_probe("/liveness", PORT, period=5, failures=2, delay=5),
+                liveness_probe=http_probe("/healthz", FRONT_METRICS, period=10, failures=6, delay=30),
+                lifecycle=_leave_first(),
+                security_context=container_security(),
+            ),
+        ],
+        init_containers=[
+            core.v1.ContainerArgs(
+                name="router",
+                image=args.image,
+                restart_policy="Always",  # a native sidecar: there before the front, and until its last request is done
+                command=[
+                    *("python", "-m", "serving.router", "--host", "127.0.0.1", "--port", str(ROUTER_PORT)),
+                    *("--metrics-host", "0.0.0.0", "--metrics-port", str(METRICS)),
+                    *("--selector", "app=engine", "--namespace", args.namespace, "--replica-port", str(ENGINE_PORT)),
+                ],
+                ports=[core.v1.ContainerPortArgs(name="metrics", container_port=METRICS)],
+                resources=resources(cpu="500m", cpu_limit="2", memory="1Gi", storage="1Gi"),
+                # Through the front: the kubelet does not reach the pod's own loopback.
                 liveness_probe=http_probe("/liveness", PORT, period=10, failures=6, delay=30),
-                lifecycle=core.v1.LifecycleArgs(
-                    pre_stop=core.v1.LifecycleHandlerArgs(sleep=core.v1.SleepActionArgs(seconds=PRE_STOP_SECONDS))
-                ),
                 security_context=container_security(),
                 volume_mounts=[mount("tmp", "/tmp")],
-            )
+            ),
         ],
         volumes=[scratch("tmp", "1Gi")],
+    )
+
+
+def _leave_first() -> core.v1.LifecycleArgs:
+    """Service and load balancer take the pod out before its port closes."""
+    return core.v1.LifecycleArgs(
+        pre_stop=core.v1.LifecycleHandlerArgs(sleep=core.v1.SleepActionArgs(seconds=PRE_STOP_SECONDS))
     )
 
 

@@ -10,12 +10,13 @@ import pulumi
 from pulumi_kubernetes import apiextensions, meta
 
 from infra.settings import Serving
+from workloads.engine import startup_seconds
 from workloads.metrics import NAMESPACE_LABEL
 from workloads.namespaces import SERVING
-from workloads.serving import NODE_SECONDS, startup_seconds
 
 IDLE_WINDOW = "10m"  # without a request, after which a pool that may sleep does
 POLL_SECONDS = 15  # the interval of the metrics
+NODE_SECONDS = 600  # a GPU node takes 3 to 8 minutes, the image 1 to 2 (KAITO)
 HPA_LONGEST_PERIOD = 1800  # Kubernetes' limits (autoscaling/v2)
 HPA_LONGEST_WINDOW = 3600
 
@@ -52,7 +53,7 @@ def triggers(settings: Serving) -> list[tuple[str, str, Mapping[str, str]]]:
     missing = {"ignoreNullValues": "true" if settings.min_replicas == 0 else "false"}
     found: list[tuple[str, str, Mapping[str, str]]] = [
         ("waiting", WAITING, {"threshold": str(settings.queue_target), **missing}),
-        # Full replicas with an empty queue are needed as well: without this one they would be taken away, and come back.
+        # Full replicas with an empty queue are needed too: without this they would be taken away, and come back.
         ("running", RUNNING, {"threshold": str(settings.max_num_seqs), **missing}),
     ]
     if settings.min_replicas == 0:

@@ -1,340 +1,84 @@
-"""The replicas: one Deployment of pods with one GPU each, in which vLLM and the adapter sidecar share a folder."""
+"""Serving as a whole: the replicas, how many there are, and the router that clients reach."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pulumi
-from pulumi_kubernetes import apps, core, meta, policy, scheduling
-from pydantic import SecretStr
 
-from infra.settings import Base, GpuPool, Serving
-from serving.spec import EngineSettings, ServingSpec
-from workloads.metrics import SIDECAR_PORT, scraped
+from infra.settings import Environment
+from workloads.engine import Engine, EngineArgs
 from workloads.namespaces import SERVING
-from workloads.placement import GpuShare, gpu_node_selector, gpu_share, gpu_tolerations
-from workloads.pods import (
-    IDENTITY_LABEL,
-    config,
-    container_security,
-    http_probe,
-    mount,
-    pod_security,
-    resources,
-    scratch,
-    shared_memory,
-    spread,
-)
-from workloads.policies import egress_https, ingress_from, ingress_scrape, network_policy
-
-LABELS = {"app": "engine"}
-ROUTER_LABELS = {"app": "router"}  # of the only pods that may ask an engine
-PORT = 8000
-SIDECAR_METRICS = 9402
-PRIORITY = "drydock-serving"
-
-BASE_WAIT_SECONDS = 7200  # for a base model that the mirror Job is still copying: the first `pulumi up`
-NODE_SECONDS = 1800  # for a GPU node (up to 20 minutes with its driver) and the image on it
-
-# A cold start of an 8B model took 294 s (Tensorfuse, L40S), of which 200 were imports, compilation and graph capture.
-COMPILE_SECONDS = 600
-READ_BYTES_PER_SECOND = 100e6  # an Azure P10 disk, the smallest that a GPU node has
-BYTES_PER_PARAMETER = 2  # as the hub's files have them, whatever vLLM makes of it
-STARTUP_PERIOD = 10
-
-PRE_STOP_SECONDS = 10  # the router takes a pod out when it hears of its deletion; the rest is for requests on the way
-EXIT_SECONDS = 20  # for vLLM's workers (5 s) and the sidecar to end
-
-SIDECAR_MILLICORES = 250
-SIDECAR_GIB = 1
-SIDECAR_DISK_GIB = 10  # adapter versions: some 100 MB each
-
-
-def startup_seconds(parameters: int) -> int:
-    """Seconds from the process's start to the first answer, at worst: weights from disk, compilation, graph capture."""
-    return math.ceil(COMPILE_SECONDS + parameters * BYTES_PER_PARAMETER / READ_BYTES_PER_SECOND)
-
-
-def startup_failures(parameters: int) -> int:
-    """Failed startup probes, one every STARTUP_PERIOD seconds, after which the engine counts as stuck."""
-    return math.ceil(startup_seconds(parameters) / STARTUP_PERIOD)
-
-
-def grace_seconds(settings: EngineSettings) -> int:
-    """What a pod has from its deletion to SIGKILL: leave the router, end running requests, exit."""
-    return PRE_STOP_SECONDS + settings.shutdown_timeout_seconds + EXIT_SECONDS
-
-
-def engine_share(pool: GpuPool) -> GpuShare:
-    """What the engine's container gets: one GPU's share of the node less what the sidecar takes."""
-    share = gpu_share(pool)
-    return GpuShare(
-        f"{int(share.cpu) * 1000 - SIDECAR_MILLICORES}m",
-        f"{int(share.memory.removesuffix('Gi')) - SIDECAR_GIB}Gi",
-        f"{int(share.ephemeral_storage.removesuffix('Gi')) - SIDECAR_DISK_GIB}Gi",
-    )
-
-
-def rollout(settings: Serving, pool: GpuPool, other_gpus: int) -> apps.v1.RollingUpdateDeploymentArgs:
-    """A new replica before an old one goes where the pool has a GPU to spare at full scale, else one after the other.
-
-    `other_gpus` are those that pods of others (tuning Jobs) may hold in this pool. A surge that waits for a GPU which
-    never comes would be a rollout that never ends.
-    """
-    spare = pool.max_nodes * pool.sku.gpus - settings.max_replicas - other_gpus
-    if spare > 0:
-        return apps.v1.RollingUpdateDeploymentArgs(max_surge=1, max_unavailable=0)
-    return apps.v1.RollingUpdateDeploymentArgs(max_surge=0, max_unavailable=1)
-
-
-def serving_spec(settings: Serving, base: Base, *, store: str, adapters: Sequence[str], max_lora_rank: int) -> str:
-    """The JSON that the containers parse: the settings and what the stack adds to them."""
-    spec = ServingSpec(
-        **settings.model_dump(include=set(EngineSettings.model_fields)),
-        base_model=f"/models/{base.folder}",
-        base_name=base.served_name,
-        store=store,
-        adapters=tuple(adapters),
-        max_lora_rank=max_lora_rank,
-    )
-    return spec.model_dump_json(indent=2)
-
-
-def keys_json(api_keys: Mapping[str, SecretStr]) -> str:
-    """Client names with the SHA-256 of their keys: the keys themselves go no further than this."""
-    hashes = {
-        client: hashlib.sha256(key.get_secret_value().encode()).hexdigest() for client, key in sorted(api_keys.items())
-    }
-    return json.dumps(hashes, indent=2)
+from workloads.router import Router, RouterArgs
+from workloads.scaling import Scaling, ScalingArgs
 
 
 @dataclass(frozen=True)
-class EngineArgs:
-    """What every replica serves, from where, and on which nodes.
+class ServingArgs:
+    """The settings, and what other components have made for it."""
 
-    `other_gpus`: GPUs of the same pool that tuning Jobs may hold (`rollout`). `namespace` and `service_account` as
-    outputs of their component make everything here wait for them.
-    """
-
-    settings: Serving
-    pool: GpuPool
-    base: Base
+    env: Environment
+    image: pulumi.Input[str]  # the serving image, by digest
+    router_image: pulumi.Input[str]
     base_address: pulumi.Input[str]  # az://ACCOUNT/models/OWNER/NAME/REVISION
-    image: pulumi.Input[str]  # by digest
     store: pulumi.Input[str]  # oci://REGISTRY/adapters
-    adapters: tuple[str, ...]
-    max_lora_rank: int
-    api_keys: Mapping[str, SecretStr]
-    other_gpus: int = 0
+    query_endpoint: pulumi.Input[str]  # of the managed Prometheus
+    keda_client_id: pulumi.Input[str]
     namespace: pulumi.Input[str] = SERVING
     service_account: pulumi.Input[str] = "serving"
 
 
-class Engine(pulumi.ComponentResource):
-    """Deployment `engine` with its settings, API keys, disruption budget, priority and network policy.
+class Serving(pulumi.ComponentResource):
+    """Engine, Scaling and Router of one environment."""
 
-    A changed setting is a ConfigMap of another name and thus a rollout. Changed keys reach the running replicas.
-    """
-
-    deployment: pulumi.Output[str]
-    """Name of the Deployment."""
+    url: pulumi.Output[str]
+    """Base of the OpenAI API, without /v1."""
     watch: str
-    """Command that waits until all replicas answer: `pulumi up` itself does not."""
+    """Command that waits until all replicas answer."""
 
-    def __init__(self, name: str, args: EngineArgs, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("drydock:workloads:Engine", name, None, opts)
-        child = pulumi.ResourceOptions(parent=self)
-
-        text = pulumi.Output.from_input(args.store).apply(
-            lambda store: serving_spec(
-                args.settings, args.base, store=store, adapters=args.adapters, max_lora_rank=args.max_lora_rank
-            )
+    def __init__(self, name: str, args: ServingArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("drydock:workloads:Serving", name, None, opts)
+        env, child = args.env, pulumi.ResourceOptions(parent=self)
+        engine = Engine(
+            f"{name}-engine",
+            EngineArgs(
+                settings=env.serving,
+                pool=env.pools[env.serving.pool],
+                base=env.base,
+                base_address=args.base_address,
+                image=args.image,
+                store=args.store,
+                adapters=tuple(env.adapters),
+                max_lora_rank=env.max_lora_rank,
+                api_keys=env.api_keys,
+                other_gpus=env.other_gpus,
+                namespace=args.namespace,
+                service_account=args.service_account,
+            ),
+            opts=child,
         )
-        spec = core.v1.ConfigMap(
-            f"{name}-spec",
-            metadata=meta.v1.ObjectMetaArgs(
-                name=text.apply(lambda content: f"engine-{hashlib.sha256(content.encode()).hexdigest()[:10]}"),
+        Scaling(
+            f"{name}-scaling",
+            ScalingArgs(
+                settings=env.serving,
+                parameters=env.base.figures.parameters,
+                query_endpoint=args.query_endpoint,
+                keda_client_id=args.keda_client_id,
+                deployment=engine.deployment,
                 namespace=args.namespace,
             ),
-            data={"serving.json": text},
-            immutable=True,
             opts=child,
         )
-        keys = core.v1.Secret(
-            f"{name}-api-keys",
-            metadata=meta.v1.ObjectMetaArgs(name="api-keys", namespace=args.namespace),
-            string_data={"keys.json": pulumi.Output.secret(keys_json(args.api_keys))},
-            opts=child,
-        )
-        priority = scheduling.v1.PriorityClass(
-            f"{name}-priority",
-            metadata=meta.v1.ObjectMetaArgs(name=PRIORITY),
-            # Above the Jobs' 0: a replica that finds no GPU takes one from a tuning Job, which goes on from its checkpoint.
-            value=1000,
-            description="Replicas that serve; tuning Jobs make room for them.",
-            opts=child,
-        )
-        network_policy(
-            "engine",
-            args.namespace,
-            labels=LABELS,
-            ingress=[ingress_from(ROUTER_LABELS, PORT), ingress_scrape(PORT, SIDECAR_METRICS)],
-            egress=[egress_https()],  # Entra, base model, registry; names are open to the whole namespace
-            resource_name=f"{name}-network",
-            opts=child,
-        )
-        policy.v1.PodDisruptionBudget(
-            f"{name}-disruption",
-            metadata=meta.v1.ObjectMetaArgs(name="engine", namespace=args.namespace),
-            spec=policy.v1.PodDisruptionBudgetSpecArgs(
-                max_unavailable=1,  # not minAvailable: with one replica that would forbid every drain
-                selector=meta.v1.LabelSelectorArgs(match_labels=LABELS),
-                unhealthy_pod_eviction_policy="AlwaysAllow",  # a replica that cannot start must not hold up a drain
-            ),
-            opts=child,
-        )
-        deployment = apps.v1.Deployment(
-            f"{name}-deployment",
-            metadata=meta.v1.ObjectMetaArgs(
-                name="engine",
+        router = Router(
+            f"{name}-router",
+            RouterArgs(
+                image=args.router_image,
+                expose=env.serving.expose,
+                vnet_ranges=(env.network.address_space,),
+                nodes=env.cluster.apps_max_nodes,
                 namespace=args.namespace,
-                labels=LABELS,
-                # A cold GPU node and a base model that is still being mirrored take up to hours, which `pulumi up`
-                # would wait for or fail. `watch` waits instead.
-                annotations={"pulumi.com/skipAwait": "true"},
-            ),
-            spec=apps.v1.DeploymentSpecArgs(
-                # Otherwise KEDA's: a number here would fight it at every `pulumi up`.
-                replicas=args.settings.min_replicas
-                if args.settings.min_replicas == args.settings.max_replicas
-                else None,
-                selector=meta.v1.LabelSelectorArgs(match_labels=LABELS),
-                strategy=apps.v1.DeploymentStrategyArgs(
-                    type="RollingUpdate", rolling_update=rollout(args.settings, args.pool, args.other_gpus)
-                ),
-                # The default of ten minutes calls every first rollout failed.
-                progress_deadline_seconds=_deadline(args.base),
-                template=core.v1.PodTemplateSpecArgs(
-                    metadata=meta.v1.ObjectMetaArgs(labels={**LABELS, **IDENTITY_LABEL}, annotations=scraped(PORT)),
-                    spec=_pod(args, spec=spec.metadata.name, keys=keys.metadata.name, priority=priority.metadata.name),
-                ),
             ),
             opts=child,
         )
-        self.deployment = deployment.metadata.name
-        self.watch = f"kubectl --namespace {SERVING} rollout status deployment/engine --timeout={_deadline(args.base)}s"
-        self.register_outputs({"deployment": self.deployment, "watch": self.watch})
-
-
-def _deadline(base: Base) -> int:
-    """Seconds that the slowest good rollout may go without a new ready replica."""
-    return BASE_WAIT_SECONDS + NODE_SECONDS + startup_seconds(base.figures.parameters)
-
-
-def _pod(
-    args: EngineArgs, *, spec: pulumi.Input[str], keys: pulumi.Input[str], priority: pulumi.Input[str]
-) -> core.v1.PodSpecArgs:
-    return core.v1.PodSpecArgs(
-        service_account_name=args.service_account,
-        automount_service_account_token=False,  # workload identity projects its own; the API server is not asked
-        enable_service_links=False,  # a Service named vllm would set VLLM_PORT=tcp://... and end vLLM (vllm#34199)
-        security_context=pod_security(),
-        priority_class_name=priority,
-        node_selector=gpu_node_selector(args.settings.pool),
-        tolerations=gpu_tolerations(args.pool),
-        topology_spread_constraints=spread(LABELS),
-        termination_grace_period_seconds=grace_seconds(args.settings),
-        init_containers=[_fetch_base(args), _sidecar(args)],
-        containers=[_engine(args)],
-        volumes=[
-            scratch("models"),
-            scratch("state"),
-            scratch("cache"),
-            scratch("tmp"),
-            shared_memory("1Gi"),  # one GPU: vLLM's processes pass little through it, torch's none
-            config("spec", spec),
-            core.v1.VolumeArgs(
-                name="keys", secret=core.v1.SecretVolumeSourceArgs(secret_name=keys, default_mode=0o440)
-            ),
-        ],
-    )
-
-
-def _fetch_base(args: EngineArgs) -> core.v1.ContainerArgs:
-    return core.v1.ContainerArgs(
-        name="fetch-base",
-        image=args.image,
-        command=[
-            *("python", "-m", "blobs", "fetch"),
-            args.base_address,
-            f"/models/{args.base.folder}",
-            *("--wait-seconds", str(BASE_WAIT_SECONDS)),
-        ],
-        resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="1Gi"),
-        security_context=container_security(),
-        volume_mounts=[mount("models", "/models"), mount("tmp", "/tmp")],
-    )
-
-
-def _sidecar(args: EngineArgs) -> core.v1.ContainerArgs:
-    return core.v1.ContainerArgs(
-        name="sidecar",
-        image=args.image,
-        restart_policy="Always",  # a native sidecar: there before the engine, and still there while it drains
-        command=[
-            *("python", "-m", "serving", "sidecar", "--spec", "/etc/drydock/serving.json", "--state", "/state"),
-            *("--engine", f"http://127.0.0.1:{PORT}", "--metrics-address", f"0.0.0.0:{SIDECAR_METRICS}"),
-        ],
-        ports=[core.v1.ContainerPortArgs(name=SIDECAR_PORT, container_port=SIDECAR_METRICS)],
-        resources=resources(
-            cpu=f"{SIDECAR_MILLICORES}m", cpu_limit="1", memory=f"{SIDECAR_GIB}Gi", storage=f"{SIDECAR_DISK_GIB}Gi"
-        ),
-        # The engine is started once this one answers.
-        startup_probe=http_probe("/metrics", SIDECAR_METRICS, period=2, failures=60),
-        liveness_probe=http_probe("/metrics", SIDECAR_METRICS, period=10, failures=6),
-        security_context=container_security(),
-        volume_mounts=[
-            mount("state", "/state"),
-            mount("tmp", "/tmp"),
-            mount("spec", "/etc/drydock", read_only=True),
-        ],
-    )
-
-
-def _engine(args: EngineArgs) -> core.v1.ContainerArgs:
-    share = engine_share(args.pool)
-    return core.v1.ContainerArgs(
-        name="engine",
-        image=args.image,
-        command=[
-            *("python", "-m", "serving", "engine", "--spec", "/etc/drydock/serving.json", "--state", "/state"),
-            *("--host", "0.0.0.0", "--port", str(PORT), "--api-keys", "/etc/drydock-keys/keys.json"),
-        ],
-        env=[core.v1.EnvVarArgs(name="DRYDOCK_CACHE", value="/cache")],
-        ports=[core.v1.ContainerPortArgs(name="http", container_port=PORT)],
-        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=1),
-        startup_probe=http_probe(
-            "/health", PORT, period=STARTUP_PERIOD, failures=startup_failures(args.base.figures.parameters)
-        ),
-        # False until every promoted adapter is loaded and proven. The router asks the same, every second.
-        readiness_probe=http_probe("/ready", PORT, period=2, failures=2),
-        # Generous: under load /health is slow, and a restart costs minutes (vllm#36960, kserve#6259).
-        liveness_probe=http_probe("/health", PORT, period=10, failures=12, timeout=10),
-        lifecycle=core.v1.LifecycleArgs(
-            pre_stop=core.v1.LifecycleHandlerArgs(sleep=core.v1.SleepActionArgs(seconds=PRE_STOP_SECONDS))
-        ),
-        security_context=container_security(),
-        volume_mounts=[
-            mount("models", "/models", read_only=True),
-            mount("state", "/state"),
-            mount("cache", "/cache"),
-            mount("tmp", "/tmp"),
-            mount("shm", "/dev/shm"),
-            mount("spec", "/etc/drydock", read_only=True),
-            mount("keys", "/etc/drydock-keys", read_only=True),
-        ],
-    )
+        self.url, self.watch = router.url, engine.watch
+        self.register_outputs({"url": self.url, "watch": self.watch})

@@ -77,6 +77,10 @@ def test_the_router_takes_every_flag() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     known = set(re.findall(r"--[a-z][a-z0-9-]*", done.stdout))
-    given = [word for word in router_command(["http://127.0.0.1:1"], "127.0.0.1", 2, 3) if word.startswith("--")]
+    given = [
+        word
+        for word in router_command(["http://127.0.0.1:1", "http://127.0.0.1:2"], ("127.0.0.1", 3), ("127.0.0.1", 4))
+        if word.startswith("--")
+    ]
     assert [flag for flag in given if flag not in known] == []
-    assert "cache_aware" in done.stdout
+    assert "power_of_two" in done.stdout

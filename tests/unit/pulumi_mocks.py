@@ -63,7 +63,7 @@ class Recorder(runtime_mocks.Mocks):
         state = {**args.inputs, **computed(args.typ, args.name, args.inputs)}
         return f"{PREFIX}/{args.typ.replace(':', '/')}/{args.name}", state
 
-    def call(self, args: runtime_mocks.MockCallArgs) -> dict[str, Any]:
+    def call(self, args: runtime_mocks.MockCallArgs) -> dict[str, Any]:  # type: ignore[override]  # a dict is right too
         self.calls.append((args.token, args.args))
         if args.token.endswith("listManagedClusterUserCredentials"):
             return {"kubeconfigs": [{"name": "clusterUser", "value": base64.b64encode(KUBECONFIG.encode()).decode()}]}
@@ -100,8 +100,14 @@ def computed(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
                 "issuerUrl": "https://oidc.example/1/",
             },
             "identityProfile": {"kubeletidentity": {"objectId": _guid("kubelet")}},
+            # A list on its way in, a map on its way out.
+            "identity": {
+                "type": "UserAssigned",
+                "userAssignedIdentities": {i: {} for i in inputs.get("identity", {}).get("userAssignedIdentities", [])},
+            },
             "nodeResourceGroup": "MC_drydock-test",
             "fqdn": "drydock-test.example",
+            "privateFqdn": "drydock-test.private.example",
         }
     if last == "Registry":
         return own | {"loginServer": f"{own['name']}.azurecr.io"}
@@ -114,6 +120,10 @@ def computed(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
         }
     if last == "TaskRun":
         return own | {"runResult": {"outputImages": [{"digest": DIGEST}], "status": "Succeeded"}}
+    if last == "ImageBuild":
+        return {"digest": DIGEST}
+    if last == "FileUpload":
+        return {"url": f"az://{inputs['account']}/{inputs['container']}/{inputs['blob']}"}
     return own if kind.startswith("azure-native:") else {}
 
 
@@ -154,7 +164,7 @@ def mocked(
 def deploy(program: Callable[[], Any], **options: Any) -> Recorder:
     """Run `program` under mocks until nothing is outstanding; an error in it, or in an `apply`, is raised here."""
     with mocked(**options) as seen:
-        pulumi.runtime.test(program)()
+        pulumi.runtime.test(program)()  # type: ignore[no-untyped-call]
     return seen
 
 

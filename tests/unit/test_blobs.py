@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_a_marker_cannot_write_outside_its_folder(account: FakeAccount, tmp_path
 def test_what_does_not_fit_on_the_disk_is_told_before_a_byte_moves(account: FakeAccount, tmp_path: Path) -> None:
     marker = {"files": {"huge": {"size": 10**18, "sha256": "0" * 64}}}
     account.blobs[PREFIX + MARKER] = (json.dumps(marker).encode(), {})
-    with pytest.raises(SettingsError, match=r"1.00EB to fetch, but .*B free"):
+    with pytest.raises(SettingsError, match=r"1000000.0 TB to fetch, but .*B free"):
         folder().fetch(tmp_path / "target")
 
 
@@ -188,6 +189,29 @@ def test_a_second_fetch_on_the_node_waits_for_the_first(account: FakeAccount, so
         assert not files(target)
     thread.join(10)
     assert len(files(target)) == 3
+
+
+def test_without_a_terminal_the_log_tells_bytes_speed_and_time_left(
+    account: FakeAccount,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(store, "LINE_SECONDS", 0.0)
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed where `pulumi up` runs
+    caplog.set_level(logging.INFO)
+    folder().push(source)
+    folder().fetch(tmp_path / "target")
+    for what in ("push", "fetch"):
+        assert re.search(rf"{what} {HERE}: 25\.6 kB of 25\.6 kB, [0-9.]+ .?B/s, ETA 0 s", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (183, "183 B"), (8_700, "8.7 kB"), (4_976_698_672, "4.977 GB"), (1.6e13, "16.0 TB")]
+)
+def test_sizes_are_told_as_people_read_them(size: float, text: str) -> None:
+    assert store.shown(size) == text
 
 
 # Waiting.

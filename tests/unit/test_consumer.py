@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, model: str) -> Recorder:
     monkeypatch.setattr(Recorder, "new_resource", new_resource)
     config = {"chat-app:drydock_stack": "organization/drydock/dev", "chat-app:model": model, "chat-app:api_key": "k"}
     with mocked(project="chat-app", config=config) as seen:
-        pulumi.runtime.test(lambda: (runpy.run_path(str(PROGRAM)), None)[1])()
+        pulumi.runtime.test(lambda: (runpy.run_path(str(PROGRAM)), None)[1])()  # type: ignore[no-untyped-call]
     return seen
 
 

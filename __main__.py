@@ -1,0 +1,54 @@
+"""The stack, read top to bottom: what one environment is made of. Settings: Pulumi.<stack>.yaml, infra/settings.py."""
+
+import pulumi
+
+from infra.cluster import Cluster, ClusterArgs
+from infra.datasets import Datasets, DatasetsArgs
+from infra.endpoints import Endpoints, EndpointsArgs
+from infra.group import prepare
+from infra.identities import Identities, IdentitiesArgs
+from infra.images import Images, ImagesArgs
+from infra.network import Network, NetworkArgs
+from infra.observability import ClusterMonitoring, ClusterMonitoringArgs, Observability, ObservabilityArgs
+from infra.outputs import export, of_environment
+from infra.pools import Pools, PoolsArgs
+from infra.preflight import load
+from infra.registry import Registry, RegistryArgs
+from infra.settings import ROOT
+from infra.storage import Storage, StorageArgs
+from workloads.adapters import Adapters, AdaptersArgs
+from workloads.mirror import Mirror, MirrorArgs
+from workloads.platform import Platform, PlatformArgs
+from workloads.serving import Serving, ServingArgs
+
+stack, location = pulumi.get_stack(), pulumi.Config("azure-native").require("location")
+env = load(pulumi.get_project(), stack)  # every problem that can be known before Azure is asked, told together
+place = prepare(env, organization=pulumi.get_organization(), stack=stack, location=location)
+zones = bool(env.cluster.zones)
+network = Network("network", NetworkArgs(place, env.network))
+eyes = Observability("observability", ObservabilityArgs(place, env.retention.log_days, env.grafana))
+cluster = Cluster("cluster", ClusterArgs(place, env.cluster, env.network, network, eyes.log_workspace_id))
+ClusterMonitoring("monitoring", ClusterMonitoringArgs(place, cluster.id, eyes))
+pools = Pools("pools", PoolsArgs(place, cluster, network.nodes_subnet_id, env.cluster, env.pools))
+registry = Registry("registry", RegistryArgs(place, cluster.kubelet_object_id, zones))
+storage = Storage("storage", StorageArgs(place, env.retention, zones))
+if place.private:
+    Endpoints("endpoints", EndpointsArgs(place, network, registry, storage))
+who = Identities("identities", IdentitiesArgs(place, cluster.oidc_issuer_url, registry, storage, eyes.workspace_id))
+images = Images("images", ImagesArgs(place, registry, ROOT, network.nodes_subnet_id))
+files = {name: ROOT / adapter.dataset for name, adapter in env.adapters.items()}
+data = Datasets("datasets", DatasetsArgs(place, storage, files))
+
+platform = Platform("platform", PlatformArgs(place, env, cluster, pools, registry, who))
+tuning, serving, inside = platform.tuning, platform.serving, platform.inside
+tuner, server = tuning.service_accounts, serving.service_accounts
+account, store = storage.name, pulumi.Output.format("oci://{0}/adapters", registry.login_server)
+mirror = Mirror(
+    "mirror",
+    MirrorArgs(env.base, images.training, account, tuning.name, tuner["mirror"], env.huggingface_token),
+    inside,
+)
+adapters = Adapters("adapters", AdaptersArgs(env, mirror.address, data, images, store, account, tuning), inside)
+fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpoint, who.keda.client_id)
+pool = Serving("serving", ServingArgs(env, *fed_by, serving.name, server["serving"]), inside)
+export(of_environment(env, place, cluster, registry, storage, images, pool.url, store, adapters, pool.watch, eyes))

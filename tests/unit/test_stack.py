@@ -1,0 +1,167 @@
+"""The whole program under mocks, for each committed environment: what it registers, and what must hold for all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pulumi
+import pytest
+import yaml
+
+from policy.rules import violations
+from tests.unit.kubernetes_schema import problems
+from tests.unit.pulumi_mocks import Recorder, Resource, mocked
+
+ROOT = Path(__file__).parents[2]
+STACKS = ("dev", "prod")
+SECRET = "k3y-of-team-a"
+SECRET_SIGNATURE = "4dabf18193072939515e22adb298388d"  # how Pulumi marks a secret on its way to the engine
+
+
+def config_of(stack: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((ROOT / f"Pulumi.{stack}.yaml").read_text())["config"])
+
+
+def deployed(stack: str, change: dict[str, Any] | None = None) -> Recorder:
+    config = config_of(stack) | {"drydock:api_keys": {"team-a": SECRET}} | (change or {})
+    if stack == "dev":
+        config["drydock:network"] = {"authorized_ip_ranges": ["198.18.0.7/32"]}  # not the documentation's example
+    installed = patch("workloads.provider.shutil.which", return_value="kubelogin")
+    with installed, mocked(stack=stack, config=config) as seen:
+        pulumi.runtime.config._SECRET_KEYS.set({"drydock:api_keys"})
+        pulumi.runtime.test(lambda: (runpy.run_path(str(ROOT / "__main__.py")), None)[1])()  # type: ignore[no-untyped-call]
+    return seen
+
+
+@cache
+def stack(name: str) -> Recorder:
+    return deployed(name)
+
+
+def objects(seen: Recorder) -> list[Resource]:
+    """Kubernetes objects, with what is secret in the clear, as the API server gets it."""
+    found = [item for item in seen.resources if item.type.startswith("kubernetes:") and "apiVersion" in item.inputs]
+    return [dataclasses.replace(item, inputs=revealed(item.inputs)) for item in found]
+
+
+def revealed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return revealed(value["value"]) if SECRET_SIGNATURE in value else {k: revealed(v) for k, v in value.items()}
+    return [revealed(item) for item in value] if isinstance(value, list) else value
+
+
+def pod_specs(seen: Recorder) -> dict[str, dict[str, Any]]:
+    found = {}
+    for item in objects(seen):
+        template = (item.inputs.get("spec") or {}).get("template")
+        if isinstance(template, dict) and "spec" in template:
+            found[item.name] = template["spec"]
+    return found
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_every_object_keeps_the_published_schema(name: str) -> None:
+    checked = [
+        item for item in objects(stack(name)) if not item.type.endswith(("ScaledObject", "TriggerAuthentication"))
+    ]
+    assert len(checked) > 20
+    assert {item.name: said for item in checked if (said := problems(item.inputs))} == {}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_no_resource_breaks_the_policy(name: str) -> None:
+    found = {}
+    for item in stack(name).resources:
+        said = violations(item.type, item.inputs)
+        said.pop("tags-are-there", None)  # a transform of the engine sets them; mocks run none
+        if said:
+            found[item.name] = said
+    assert found == {}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_each_gpu_pod_fits_the_pool_meant_for_it(name: str) -> None:
+    seen = stack(name)
+    pools = {
+        item.inputs["nodeLabels"]["drydock/pool"]: item.inputs
+        for item in seen.of(":AgentPool")
+        if "drydock/pool" in (item.inputs.get("nodeLabels") or {})
+    }
+    for owner, pod in pod_specs(seen).items():
+        if "nodeSelector" not in pod:
+            continue
+        pool = pools[pod["nodeSelector"]["drydock/pool"]]
+        tolerated = {f"{item['key']}={item['value']}:{item['effect']}" for item in pod.get("tolerations") or []}
+        assert set(pool.get("nodeTaints") or []) <= tolerated, owner
+        containers = [*pod["containers"], *(pod.get("initContainers") or [])]
+        wants_gpu = any("nvidia.com/gpu" in item["resources"]["limits"] for item in containers)
+        assert wants_gpu == pool["vmSize"].startswith("Standard_N"), owner
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_no_secret_is_registered_in_plain_text(name: str) -> None:
+    for item in stack(name).resources:
+        assert SECRET not in json.dumps(item.inputs, default=str), item.name
+
+
+def test_every_adapter_has_one_job_with_its_own_settings() -> None:
+    jobs = [item for item in stack("prod").of(":Job") if item.name.startswith("tune-")]
+    assert [item.inputs["metadata"]["labels"]["drydock/adapter"] for item in jobs] == ["kubectl", "triage"]
+    assert len({item.inputs["metadata"]["name"] for item in jobs}) == 2
+
+
+def specs(seen: Recorder) -> dict[str, str]:
+    return {
+        item.name: item.inputs["data"]["tuning.json"]
+        for item in seen.of(":ConfigMap")
+        if "tuning.json" in item.inputs["data"]
+    }
+
+
+def test_a_parameter_changed_in_the_yaml_reaches_the_container_and_renames_that_job_alone() -> None:
+    adapters = json.loads(json.dumps(config_of("prod")["drydock:adapters"]))
+    adapters["triage"]["learning_rate"] = 0.0007
+    changed, before = deployed("prod", {"drydock:adapters": adapters}), stack("prod")
+    assert json.loads(specs(changed)["tune-triage-specs"])["learning_rate"] == 0.0007
+    names = [{item.name: item.inputs["metadata"]["name"] for item in seen.of(":Job")} for seen in (before, changed)]
+    assert [job for job in names[0] if names[0][job] != names[1][job]] == ["tune-triage-job"]
+
+
+def test_deadline_and_retries_do_not_tune_again() -> None:
+    tuning = {"pool": "tune", "deadline_hours": 2, "retries": 1}
+    changed = deployed("prod", {"drydock:tuning": tuning})
+    names = [
+        {item.name: item.inputs["metadata"]["name"] for item in seen.of(":Job")} for seen in (stack("prod"), changed)
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_job_ends_at_once_on_a_mistake_and_never_for_an_eviction(name: str) -> None:
+    for item in stack(name).of(":Job"):
+        if not item.name.startswith("tune-"):
+            continue
+        rules = item.inputs["spec"]["podFailurePolicy"]["rules"]
+        assert rules[0]["action"] == "Ignore" and rules[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+        assert rules[1]["action"] == "FailJob" and [int(code) for code in rules[1]["onExitCodes"]["values"]] == [2, 3]
+        assert item.inputs["metadata"]["annotations"]["pulumi.com/skipAwait"] == "true"
+
+
+def test_a_setting_that_cannot_work_stops_the_program_with_its_remedy() -> None:
+    serving = config_of("dev")["drydock:serving"] | {"max_model_len": 131072, "max_num_seqs": 256}
+    with pytest.raises(pulumi.RunError, match="max_model_len"):
+        deployed("dev", {"drydock:serving": serving})
+
+
+def test_the_program_is_short_and_quick() -> None:
+    assert len((ROOT / "__main__.py").read_text().splitlines()) <= 60
+    started = time.monotonic()
+    deployed("dev")
+    assert time.monotonic() - started < 5

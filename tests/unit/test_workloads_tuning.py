@@ -1,0 +1,275 @@
+"""The tuning Job: what its pod runs, where, and which change is another Job."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pulumi
+import pytest
+
+from infra.pools import POOL_LABEL, gpu_taints
+from infra.settings import Base, GpuPool, Tuning
+from serving.spec import EngineSettings, ServingSpec
+from tests.unit.kubernetes_schema import problems
+from tests.unit.pulumi_mocks import DIGEST, Recorder, deploy
+from training.spec import TuningSettings, TuningSpec
+from workloads.tuning import NAME_LIMIT, TuningJob, TuningJobArgs, evaluation_spec, job_name, tuning_spec
+
+IMAGES = [f"reg.azurecr.io/drydock/{name}@{DIGEST}" for name in ("training", "serving")]
+DATASET = "5" * 64
+BASE = Base(model="meta-llama/Llama-3.1-8B-Instruct", revision="a" * 40, served_name="llama")
+SETTINGS = TuningSettings(dataset="data.jsonl", lora_r=32)
+GIB = 2**30
+
+
+def deployed(adapter: str = "kubectl", **change: Any) -> Recorder:
+    values: dict[str, Any] = {
+        "adapter": adapter,
+        "settings": SETTINGS,
+        "tuning": Tuning(pool="t4", deadline_hours=1.5, retries=2),
+        "serving": EngineSettings(dtype="float16"),
+        "pool": GpuPool(vm_size="Standard_NC16as_T4_v3", spot=True),
+        "base": BASE,
+        "base_address": "az://st/models/meta-llama/Llama-3.1-8B-Instruct/" + "a" * 40,
+        "dataset_address": f"az://st/datasets/{DATASET}.jsonl",
+        "dataset_digest": DATASET,
+        "training_image": pulumi.Output.from_input(IMAGES[0]),
+        "serving_image": IMAGES[1],
+        "store": "oci://reg.azurecr.io/adapters",
+        "account": "st",
+        "namespace": "drydock-tuning",
+        "service_account": "tuning",
+    }
+
+    def program() -> None:
+        TuningJob(f"tune-{adapter}", TuningJobArgs(**(values | change)))
+
+    return deploy(program)
+
+
+@pytest.fixture(scope="module")
+def seen() -> Recorder:
+    return deployed()
+
+
+def job(seen: Recorder) -> dict[str, Any]:
+    return copy.deepcopy(seen.one(":Job").inputs)
+
+
+def pod(seen: Recorder) -> dict[str, Any]:
+    return job(seen)["spec"]["template"]["spec"]
+
+
+def containers(seen: Recorder) -> dict[str, dict[str, Any]]:
+    spec = pod(seen)
+    return {item["name"]: item for item in [*spec["initContainers"], *spec["containers"]]}
+
+
+def data(seen: Recorder) -> dict[str, str]:
+    return seen.one(":ConfigMap").inputs["data"]
+
+
+def after(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_every_object_keeps_the_published_schema(seen: Recorder):
+    objects = [item for item in seen.resources if item.custom]
+    assert {item.type.rpartition(":")[2] for item in objects} == {"ConfigMap", "Job", "NetworkPolicy"}
+    assert {item.name: said for item in objects if (said := problems(item.inputs))} == {}
+
+
+def test_the_pod_fetches_then_tunes_then_evaluates(seen: Recorder):
+    spec = pod(seen)
+    assert [item["name"] for item in spec["initContainers"]] == ["fetch-base", "fetch-dataset", "tune"]
+    assert [item["name"] for item in spec["containers"]] == ["evaluate"]
+    by_name = containers(seen)
+    name = job(seen)["metadata"]["name"]
+    base = by_name["fetch-base"]["command"]
+    assert base[:4] == ["python", "-m", "blobs", "fetch"]
+    assert base[4].startswith("az://st/models/") and base[5] == "/work/models/Llama-3.1-8B-Instruct"
+    assert int(after(base, "--wait-seconds")) >= 3600  # the mirror may still be at work
+    dataset = by_name["fetch-dataset"]["command"]
+    assert dataset[4:6] == [f"az://st/datasets/{DATASET}.jsonl", "/work/dataset.jsonl"]
+    assert after(dataset, "--sha256") == DATASET
+    tune = by_name["tune"]["command"]
+    assert tune == [
+        *("python", "-m", "training", "tune", "--spec", "/etc/drydock/tuning.json", "--out", "/work/run"),
+        *("--checkpoints", f"az://st/checkpoints/{name}", "--metrics-address", "0.0.0.0:9401"),
+    ]
+    evaluate = by_name["evaluate"]["command"]
+    assert evaluate == [
+        *("python", "-m", "serving", "evaluate", "--spec", "/etc/drydock/evaluate.json", "--run", "/work/run"),
+        *("--store", "oci://reg.azurecr.io/adapters"),
+    ]
+    assert [by_name[key]["image"] for key in ("fetch-base", "fetch-dataset", "tune", "evaluate")] == [
+        *[IMAGES[0]] * 3,
+        IMAGES[1],
+    ]
+
+
+def test_the_containers_get_the_settings_that_they_parse(seen: Recorder):
+    spec = TuningSpec.model_validate_json(data(seen)["tuning.json"])
+    assert (spec.adapter, spec.lora_r, spec.learning_rate) == ("kubectl", 32, 2e-4)
+    assert after(containers(seen)["fetch-dataset"]["command"], "fetch") and spec.dataset == "/work/dataset.jsonl"
+    assert spec.base_model == containers(seen)["fetch-base"]["command"][5]
+    served = ServingSpec.model_validate_json(data(seen)["evaluate.json"])
+    assert served.base_model == spec.base_model
+    assert (served.base_name, served.dtype, served.max_lora_rank) == ("llama", "float16", 32)
+    assert served.store == "oci://reg.azurecr.io/adapters"
+    (volume,) = [item for item in pod(seen)["volumes"] if item["name"] == "specs"]
+    config = seen.one(":ConfigMap").inputs
+    assert volume["configMap"]["name"] == config["metadata"]["name"]
+    assert config["immutable"] is True
+
+
+def test_the_evaluation_has_room_for_its_rows_but_no_more_than_the_model():
+    spec = tuning_spec("a", TuningSettings(dataset="d", max_seq_length=2048), BASE)
+    served = evaluation_spec(spec, BASE, EngineSettings(max_model_len=64), store="s")
+    assert served.max_model_len >= 2048 + 4 * 2048
+    long = tuning_spec("a", TuningSettings(dataset="d", max_seq_length=100_000), BASE)
+    assert evaluation_spec(long, BASE, EngineSettings(), store="s").max_model_len == 131072
+
+
+def test_first_an_eviction_is_ignored_then_a_mistake_ends_it(seen: Recorder):
+    spec = job(seen)["spec"]
+    ignore, fail = spec["podFailurePolicy"]["rules"]
+    assert ignore["action"] == "Ignore"
+    assert ignore["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert fail["action"] == "FailJob"
+    assert fail["onExitCodes"]["operator"] == "In"
+    assert [int(code) for code in fail["onExitCodes"]["values"]] == [2, 3]
+    assert "containerName" not in fail["onExitCodes"]  # fetching, tuning and evaluating alike
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # the API wants it with a failure policy
+    assert spec["podReplacementPolicy"] == "Failed"
+    assert (int(spec["backoffLimit"]), int(spec["activeDeadlineSeconds"])) == (2, 5400)
+    assert "ttlSecondsAfterFinished" not in spec
+
+
+def test_pulumi_neither_waits_for_it_nor_trips_over_its_old_self(seen: Recorder):
+    assert job(seen)["metadata"]["annotations"] == {
+        "pulumi.com/skipAwait": "true",
+        "pulumi.com/deletionPropagationPolicy": "background",
+    }
+
+
+def test_it_runs_where_its_gpu_is(seen: Recorder):
+    spec = pod(seen)
+    assert spec["nodeSelector"] == {POOL_LABEL: "t4"}
+    tolerated = [(item["key"], item["value"], item["effect"]) for item in spec["tolerations"]]
+    spot = GpuPool(vm_size="Standard_NC16as_T4_v3", spot=True)
+    assert tolerated == [(taint.key, taint.value, taint.effect) for taint in gpu_taints(spot)]
+
+
+def test_both_that_need_the_gpu_ask_for_it_within_one_node(seen: Recorder):
+    by_name = containers(seen)
+    for name, container in by_name.items():
+        asked, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert {"cpu", "memory", "ephemeral-storage"} <= set(limits), name
+        assert asked.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu")
+        assert (asked.get("nvidia.com/gpu") == "1") == (name in ("tune", "evaluate"))
+        # A pod asks for the most that one init container, or all others together, ask for: this is the node's share.
+        assert int(asked["cpu"]) <= 15 and int(asked["memory"].removesuffix("Gi")) * GIB <= 110 * 0.85 * GIB
+    assert by_name["tune"]["resources"] == by_name["evaluate"]["resources"]
+
+
+def test_the_root_is_read_only_and_all_that_is_written_lies_in_volumes(seen: Recorder):
+    spec = pod(seen)
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert (spec["enableServiceLinks"], spec["automountServiceAccountToken"]) == (False, False)
+    volumes = {item["name"]: item for item in spec["volumes"]}
+    assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+    for container in containers(seen).values():
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        places = {item["mountPath"]: item for item in container["volumeMounts"]}
+        environment = {item["name"]: item["value"] for item in container["env"]}
+        for key in ("HOME", "TMPDIR", "DRYDOCK_CACHE"):
+            assert not places[environment[key]].get("readOnly")
+        assert {item["name"] for item in container["volumeMounts"]} <= set(volumes)
+        if "nvidia.com/gpu" in container["resources"]["limits"]:
+            assert {"/dev/shm", "/etc/drydock"} <= set(places)
+
+
+def test_the_node_is_not_taken_away_and_the_metrics_are_read(seen: Recorder):
+    template = job(seen)["spec"]["template"]
+    annotations = template["metadata"]["annotations"]
+    assert annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+    port = int(containers(seen)["tune"]["ports"][0]["containerPort"])
+    assert (annotations["prometheus.io/scrape"], annotations["prometheus.io/port"]) == ("true", str(port))
+    assert int(template["spec"]["terminationGracePeriodSeconds"]) >= 60
+    labels = template["metadata"]["labels"]
+    assert labels["azure.workload.identity/use"] == "true"
+    assert labels["drydock/adapter"] == "kubectl"
+    rules = seen.one(":NetworkPolicy").inputs["spec"]
+    assert rules["podSelector"]["matchLabels"].items() <= labels.items()
+    assert [int(item["port"]) for rule in rules["ingress"] for item in rule["ports"]] == [port]
+    assert [int(item["port"]) for rule in rules["egress"] for item in rule["ports"]] == [443]
+
+
+def name_of(settings: TuningSettings = SETTINGS, **change: Any) -> str:
+    values: dict[str, Any] = {"dataset_digest": DATASET, "base": BASE, "images": IMAGES}
+    return job_name(tuning_spec("kubectl", settings, BASE), **(values | change))
+
+
+def test_what_decides_the_result_is_in_the_name(seen: Recorder):
+    name = name_of()
+    assert job(seen)["metadata"]["name"] == name
+    others = [
+        name_of(SETTINGS.model_copy(update={"learning_rate": 1e-4})),
+        name_of(SETTINGS.model_copy(update={"gate": SETTINGS.gate.model_copy(update={"min_gain": 0.1})})),
+        name_of(dataset_digest="6" * 64),
+        name_of(base=BASE.model_copy(update={"revision": "b" * 40})),
+        name_of(images=[IMAGES[0].replace("d" * 64, "e" * 64), IMAGES[1]]),
+        name_of(images=[IMAGES[0], IMAGES[1].replace("d" * 64, "e" * 64)]),
+    ]
+    assert len({name, *others}) == 7
+
+
+def test_where_and_how_often_it_runs_is_not_in_the_name(seen: Recorder):
+    changed = deployed(
+        tuning=Tuning(pool="other", deadline_hours=9, retries=7),
+        pool=GpuPool(vm_size="Standard_NC24ads_A100_v4"),
+        serving=EngineSettings(dtype="bfloat16"),
+    )
+    assert job(changed)["metadata"]["name"] == job(seen)["metadata"]["name"]
+    assert job(changed)["spec"]["template"] != job(seen)["spec"]["template"]
+    assert name_of(images=[image.replace("reg.", "moved.") for image in IMAGES]) == name_of()
+    # The file's name on the deployer's machine says nothing about what is in it.
+    assert name_of(SETTINGS.model_copy(update={"dataset": "renamed.jsonl"})) == name_of()
+
+
+def test_retries_and_deadline_change_the_job_in_place(seen: Recorder):
+    changed = deployed(tuning=Tuning(pool="t4", deadline_hours=9, retries=7))
+    assert job(changed)["spec"]["template"] == job(seen)["spec"]["template"]
+    assert data(changed) == data(seen)
+
+
+def test_one_changed_setting_changes_its_specs_and_their_name(seen: Recorder):
+    changed = deployed(settings=SETTINGS.model_copy(update={"learning_rate": 1e-4}))
+    assert json.loads(data(changed)["tuning.json"])["learning_rate"] == 1e-4
+    names = [item.one(":ConfigMap").inputs["metadata"]["name"] for item in (seen, changed)]
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("adapter", ["a", "a" * 40, "b" * 35 + "-" + "c" * 4])
+def test_names_stay_short_enough_for_those_of_pods(adapter: str):
+    name = job_name(tuning_spec(adapter, SETTINGS, BASE), dataset_digest=DATASET, base=BASE, images=IMAGES)
+    assert len(name) <= NAME_LIMIT == 52
+    assert "--" not in name and name.startswith(f"tune-{adapter[:30]}")
+
+
+def test_two_adapters_with_the_same_beginning_are_two_jobs():
+    names = {
+        job_name(tuning_spec("a" * 39 + end, SETTINGS, BASE), dataset_digest=DATASET, base=BASE, images=IMAGES)
+        for end in "xy"
+    }
+    assert len(names) == 2
+
+
+def test_an_image_by_tag_is_refused():
+    with pytest.raises(ValueError, match="by its digest"):
+        name_of(images=[IMAGES[0], "reg.azurecr.io/drydock/serving:latest"])

@@ -1,0 +1,300 @@
+"""The tuning Job of one adapter: fetch, tune, evaluate and publish in one pod on one GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pulumi
+from pulumi_kubernetes import batch, core, meta
+
+from infra.settings import Base, GpuPool, Tuning
+from serving.spec import EngineSettings, ServingSpec
+from training.spec import TuningSettings, TuningSpec
+from workloads.jobs import ANNOTATIONS, IMMUTABLE, digest_of, failure_policy, inputs_hash
+from workloads.metrics import scraped
+from workloads.placement import gpu_node_selector, gpu_share, gpu_tolerations
+from workloads.pods import (
+    IDENTITY_LABEL,
+    config,
+    container_security,
+    mount,
+    pod_security,
+    resources,
+    scratch,
+    shared_memory,
+)
+from workloads.policies import egress_https, ingress_scrape, network_policy
+
+ADAPTER_LABEL = "drydock/adapter"
+METRICS = 9401
+DATASET = "/work/dataset.jsonl"
+RUN = "/work/run"
+SPECS = "/etc/drydock"
+
+NAME_LIMIT = 52  # a pod's name adds six characters, and five more are left for the index of a Job of several pods
+HASH_LENGTH = 10
+
+BASE_WAIT_SECONDS = 7200  # for a base model that the mirror Job is still copying: the first `pulumi up`
+ROLE_WAIT_SECONDS = 900  # Azure needs minutes until a role just given counts
+GRACE_SECONDS = 120  # for the running step, a checkpoint, and its copy in Blob
+
+# The evaluation asks for as many tokens as the longest expected answer has bytes; text has about four bytes a token.
+BYTES_PER_TOKEN = 4
+TEMPLATE_TOKENS = 64  # the chat template's, and the end of the turn
+
+# What all containers of the pod may write to, on a read-only root.
+_SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
+_ENVIRONMENT = {
+    "HOME": "/cache",
+    "TMPDIR": "/tmp",
+    "DRYDOCK_CACHE": "/cache",
+    "HF_HUB_OFFLINE": "1",  # the base model comes from Blob: a mistyped path must fail, not be looked up on a hub
+}
+
+
+@dataclass(frozen=True)
+class TuningJobArgs:
+    """One adapter and everything that decides it; images by digest.
+
+    `serving` are the replicas' settings: the evaluation measures with the same kind of numbers (dtype) as they serve.
+    `account` is the storage account's name. `namespace` and `service_account` as outputs of their component make the
+    Job wait for them.
+    """
+
+    adapter: str
+    settings: TuningSettings
+    tuning: Tuning
+    serving: EngineSettings
+    pool: GpuPool
+    base: Base
+    base_address: pulumi.Input[str]  # az://ACCOUNT/models/OWNER/NAME/REVISION
+    dataset_address: pulumi.Input[str]  # az://ACCOUNT/datasets/SHA256.jsonl
+    dataset_digest: str  # hex SHA-256
+    training_image: pulumi.Input[str]
+    serving_image: pulumi.Input[str]
+    store: pulumi.Input[str]  # oci://REGISTRY/adapters
+    account: pulumi.Input[str]
+    namespace: pulumi.Input[str]
+    service_account: pulumi.Input[str]
+
+
+class TuningJob(pulumi.ComponentResource):
+    """Job `tune-<adapter>-<hash>` with its settings and network policy. `pulumi up` starts it and does not wait.
+
+    Inputs that decide the result are in its name: changed ones make another Job, and the one before is deleted, running
+    or not, since nobody wants its result any more (what it published stays published). Other changes of its pod, such
+    as the pool or the node's size, make the Job anew under its name: its new pod goes on from the checkpoints of that
+    name. Retries and deadline change in place. A finished Job stays, as the record of its verdict: no TTL, which would
+    delete behind Pulumi's back what Pulumi then makes again. The deadline counts from the Job's start, the wait for a
+    GPU included. To run a failed one again: `pulumi up --target-replace URN`.
+    """
+
+    job_name: pulumi.Output[str]
+
+    def __init__(self, name: str, args: TuningJobArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("drydock:workloads:TuningJob", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        labels = {"app": "tune", ADAPTER_LABEL: args.adapter}
+        spec = tuning_spec(args.adapter, args.settings, args.base)
+        title = pulumi.Output.all(args.training_image, args.serving_image).apply(
+            lambda images: job_name(spec, dataset_digest=args.dataset_digest, base=args.base, images=images)
+        )
+        specs = core.v1.ConfigMap(
+            f"{name}-specs",
+            metadata=meta.v1.ObjectMetaArgs(
+                name=_evaluation(args).apply(lambda text: _config_name(spec, text)), namespace=args.namespace
+            ),
+            data={"tuning.json": spec.model_dump_json(indent=2), "evaluate.json": _evaluation(args)},
+            immutable=True,
+            opts=child,
+        )
+        network_policy(
+            f"tune-{args.adapter}",
+            args.namespace,
+            labels=labels,
+            ingress=[ingress_scrape(METRICS)],
+            egress=[egress_https()],  # Entra, Blob, registry
+            resource_name=f"{name}-network",
+            opts=child,
+        )
+        job = batch.v1.Job(
+            f"{name}-job",
+            metadata=meta.v1.ObjectMetaArgs(
+                name=title, namespace=args.namespace, labels=labels, annotations=ANNOTATIONS
+            ),
+            spec=batch.v1.JobSpecArgs(
+                backoff_limit=args.tuning.retries,
+                active_deadline_seconds=round(args.tuning.deadline_hours * 3600),
+                pod_failure_policy=failure_policy(),
+                # Not before the old pod has ended: two would write the same checkpoints.
+                pod_replacement_policy="Failed",
+                template=core.v1.PodTemplateSpecArgs(
+                    metadata=meta.v1.ObjectMetaArgs(
+                        labels={**labels, **IDENTITY_LABEL},
+                        annotations={
+                            **scraped(METRICS),
+                            # No node is taken away from under a training to save its cost (autoscaler, Karpenter).
+                            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                            "karpenter.sh/do-not-disrupt": "true",
+                        },
+                    ),
+                    spec=_pod(args, title, specs.metadata.name),
+                ),
+            ),
+            opts=pulumi.ResourceOptions(parent=self, replace_on_changes=IMMUTABLE),
+        )
+        self.job_name = job.metadata.name
+        self.register_outputs({"job_name": self.job_name})
+
+
+def tuning_spec(adapter: str, settings: TuningSettings, base: Base) -> TuningSpec:
+    """The settings with the places that base and dataset have in the pod."""
+    values = settings.model_dump() | {"adapter": adapter, "base_model": _base_folder(base), "dataset": DATASET}
+    return TuningSpec(**values)
+
+
+def evaluation_spec(spec: TuningSpec, base: Base, serving: EngineSettings, *, store: str) -> ServingSpec:
+    """How the candidate is served while it is measured: as the replicas do, at the context that its rows need."""
+    rows = spec.max_seq_length * (1 + BYTES_PER_TOKEN) + TEMPLATE_TOKENS
+    return ServingSpec(
+        **serving.model_dump(include=set(EngineSettings.model_fields) - {"max_model_len"}),
+        max_model_len=min(rows, base.figures.max_position_embeddings),
+        base_model=spec.base_model,
+        base_name=base.served_name,
+        store=store,
+        max_lora_rank=spec.lora_r,
+    )
+
+
+def job_name(spec: TuningSpec, *, dataset_digest: str, base: Base, images: list[str]) -> str:
+    """`tune-my-adapter-1a2b3c4d5e`: the same name for the same result. Where it runs and how often is not in it.
+
+    `images` are references by digest, of which the digests count.
+    """
+    digests = [digest_of(image) for image in images]
+    inputs = (spec.model_dump_json(), dataset_digest, base.model, base.revision, *digests)
+    return _named(spec.adapter, inputs_hash(*inputs, length=HASH_LENGTH))
+
+
+def _named(adapter: str, mark: str) -> str:
+    room = NAME_LIMIT - len("tune--") - HASH_LENGTH
+    return f"tune-{adapter[:room].rstrip('-')}-{mark}"
+
+
+def _config_name(spec: TuningSpec, evaluation: str) -> str:
+    return _named(spec.adapter, inputs_hash(spec.model_dump_json(), evaluation, length=HASH_LENGTH))
+
+
+def _base_folder(base: Base) -> str:
+    return f"/work/models/{base.folder}"
+
+
+def _evaluation(args: TuningJobArgs) -> pulumi.Output[str]:
+    """`evaluate.json`."""
+    spec = tuning_spec(args.adapter, args.settings, args.base)
+
+    def written(store: str) -> str:
+        return evaluation_spec(spec, args.base, args.serving, store=store).model_dump_json(indent=2)
+
+    return pulumi.Output.from_input(args.store).apply(written)
+
+
+def _pod(args: TuningJobArgs, title: pulumi.Output[str], specs: pulumi.Input[str]) -> core.v1.PodSpecArgs:
+    return core.v1.PodSpecArgs(
+        restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
+        service_account_name=args.service_account,
+        automount_service_account_token=False,
+        enable_service_links=False,
+        security_context=pod_security(),
+        node_selector=gpu_node_selector(args.tuning.pool),
+        tolerations=gpu_tolerations(args.pool),
+        termination_grace_period_seconds=GRACE_SECONDS,
+        # One after the other, so that they share one GPU and the weights on the disk.
+        init_containers=[
+            _fetch(
+                args,
+                "fetch-base",
+                args.base_address,
+                _base_folder(args.base),
+                *("--wait-seconds", str(BASE_WAIT_SECONDS)),
+            ),
+            _fetch(
+                args,
+                "fetch-dataset",
+                args.dataset_address,
+                DATASET,
+                *("--sha256", args.dataset_digest, "--wait-seconds", str(ROLE_WAIT_SECONDS)),
+            ),
+            _on_gpu(
+                args,
+                "tune",
+                args.training_image,
+                [
+                    *("python", "-m", "training", "tune", "--spec", f"{SPECS}/tuning.json", "--out", RUN),
+                    "--checkpoints",
+                    pulumi.Output.concat("az://", args.account, "/checkpoints/", title),
+                    *("--metrics-address", f"0.0.0.0:{METRICS}"),
+                ],
+                ports=[core.v1.ContainerPortArgs(name="metrics", container_port=METRICS)],
+            ),
+        ],
+        containers=[
+            _on_gpu(
+                args,
+                "evaluate",
+                args.serving_image,
+                [
+                    *("python", "-m", "serving", "evaluate", "--spec", f"{SPECS}/evaluate.json", "--run", RUN),
+                    "--store",
+                    args.store,
+                ],
+            )
+        ],
+        volumes=[
+            scratch("work"),
+            scratch("cache"),
+            scratch("tmp"),
+            shared_memory("2Gi"),  # one GPU: only what torch's and vLLM's processes pass to each other
+            config("specs", specs),
+        ],
+    )
+
+
+def _fetch(
+    args: TuningJobArgs, name: str, source: pulumi.Input[str], target: str, *options: str
+) -> core.v1.ContainerArgs:
+    return core.v1.ContainerArgs(
+        name=name,
+        image=args.training_image,
+        command=["python", "-m", "blobs", "fetch", source, target, *options],
+        env=_environment(),
+        # The files lie in a volume, which counts against the disk of the whole pod: that of the containers below.
+        resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="1Gi"),
+        security_context=container_security(),
+        volume_mounts=_SCRATCH,
+    )
+
+
+def _on_gpu(
+    args: TuningJobArgs,
+    name: str,
+    image: pulumi.Input[str],
+    command: list[pulumi.Input[str]],
+    ports: list[core.v1.ContainerPortArgs] | None = None,
+) -> core.v1.ContainerArgs:
+    """A container with all of one GPU's share of the node; of those that run in turn, the pod asks for the most."""
+    share = gpu_share(args.pool)
+    return core.v1.ContainerArgs(
+        name=name,
+        image=image,
+        command=command,
+        env=_environment(),
+        ports=ports,
+        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=1),
+        security_context=container_security(),
+        volume_mounts=[*_SCRATCH, mount("shm", "/dev/shm"), mount("specs", SPECS, read_only=True)],
+    )
+
+
+def _environment() -> list[core.v1.EnvVarArgs]:
+    return [core.v1.EnvVarArgs(name=name, value=value) for name, value in _ENVIRONMENT.items()]
