@@ -55,6 +55,8 @@ ORDER = (
     "ConfigMap", "Secret", "PodDisruptionBudget", "DaemonSet", "Job", "Deployment", "Service",
 )  # fmt: skip
 
+FIRST = ("apiVersion", "kind", "name")  # of all keys; the others follow by alphabet, since mocks keep no order
+
 NAME_KEYS = {
     "AgentPool": "agentPoolName",
     "AzureMonitorWorkspace": "azureMonitorWorkspaceName",
@@ -80,13 +82,13 @@ class Recorder(mocks.Mocks):
             self.objects.append(plain(args.inputs))
         return f"<id of {args.name}>", {**args.inputs, **_answer(args.typ, args.name, args.inputs)}
 
-    def call(self, args: mocks.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
+    def call(self, args: mocks.MockCallArgs) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         if args.token.endswith("listManagedClusterUserCredentials"):
             value = base64.b64encode(KUBECONFIG.encode()).decode()
-            return {"kubeconfigs": [{"name": "rendered", "value": value}]}, None
+            return {"kubeconfigs": [{"name": "rendered", "value": value}]}, []
         if args.token.endswith("getClientConfig"):
-            return dict.fromkeys(("clientId", "objectId", "subscriptionId", "tenantId"), NOBODY), None
-        return {}, None
+            return dict.fromkeys(("clientId", "objectId", "subscriptionId", "tenantId"), NOBODY), []
+        return {}, []
 
 
 def _answer(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,12 +123,17 @@ def _answer(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """As YAML has it: whole numbers without a point (protobuf knows only floats), and nothing secret."""
     if rpc.is_rpc_secret(value):
-        return SECRET
+        return _hidden(rpc.unwrap_rpc_secret(value))
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(value[key]) for key in sorted(value, key=lambda key: (key not in FIRST, key))}
     if isinstance(value, list):
         return [plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _hidden(value: Any) -> Any:
+    """The keys of what is secret may be seen, such as the file names in a Secret."""
+    return dict.fromkeys(sorted(value), SECRET) if isinstance(value, dict) else SECRET
 
 
 def stack_config(root: Path, stack: str) -> tuple[str, dict[str, Any], list[str]]:
@@ -203,12 +210,22 @@ def without_secrets(item: dict[str, Any]) -> dict[str, Any]:
     """A Secret keeps its keys and loses its values."""
     if item["kind"] != "Secret":
         return item
-    hidden: dict[str, Any] = {
-        key: dict.fromkeys(item[key], SECRET) if isinstance(item[key], dict) else SECRET
-        for key in ("data", "stringData")
-        if key in item
-    }
-    return item | hidden
+    return {key: _hidden(value) if key in ("data", "stringData") else value for key, value in item.items()}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines, such as the containers' settings, as they are instead of on one line with escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(item: Mapping[str, Any]) -> str:
+    return yaml.dump(dict(item), Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 def write(objects: list[dict[str, Any]], out: Path) -> list[str]:
@@ -223,9 +240,7 @@ def write(objects: list[dict[str, Any]], out: Path) -> list[str]:
     for name, item in by_file.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        order = ("apiVersion", "kind", "metadata")
-        shown = {key: item[key] for key in order} | {key: item[key] for key in item if key not in order}
-        path.write_text(yaml.safe_dump(without_secrets(shown), sort_keys=False, width=1000), encoding="utf-8")
+        path.write_text(as_yaml(without_secrets(item)), encoding="utf-8")
     names = sorted(by_file)
     out.mkdir(parents=True, exist_ok=True)
     index.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

@@ -35,7 +35,8 @@ REPLICAS = 2
 
 REQUEST_SECONDS = 600  # what serving/router.py allows one request
 PRE_STOP_SECONDS = 10  # SIGTERM closes the port at once (seen with 0.1.17): Service and load balancer must know before
-GRACE_SECONDS = PRE_STOP_SECONDS + REQUEST_SECONDS + 5  # running requests end; the process exits as soon as they have
+# Running requests end; the processes exit as soon as they have. The front ends what is left 5 s after that (front.cfg).
+GRACE_SECONDS = PRE_STOP_SECONDS + REQUEST_SECONDS + 15
 
 
 @dataclass(frozen=True)

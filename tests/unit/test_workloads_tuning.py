@@ -71,10 +71,6 @@ def data(seen: Recorder) -> dict[str, str]:
     return seen.one(":ConfigMap").inputs["data"]
 
 
-def after(command: list[str], flag: str) -> str:
-    return command[command.index(flag) + 1]
-
-
 def test_every_object_keeps_the_published_schema(seen: Recorder):
     objects = [item for item in seen.resources if item.custom]
     assert {item.type.rpartition(":")[2] for item in objects} == {"ConfigMap", "Job", "NetworkPolicy"}
@@ -87,13 +83,15 @@ def test_the_pod_fetches_then_tunes_then_evaluates(seen: Recorder):
     assert [item["name"] for item in spec["containers"]] == ["evaluate"]
     by_name = containers(seen)
     name = job(seen)["metadata"]["name"]
-    base = by_name["fetch-base"]["command"]
-    assert base[:4] == ["python", "-m", "blobs", "fetch"]
-    assert base[4].startswith("az://st/models/") and base[5] == "/work/models/Llama-3.1-8B-Instruct"
-    assert int(after(base, "--wait-seconds")) >= 3600  # the mirror may still be at work
-    dataset = by_name["fetch-dataset"]["command"]
-    assert dataset[4:6] == [f"az://st/datasets/{DATASET}.jsonl", "/work/dataset.jsonl"]
-    assert after(dataset, "--sha256") == DATASET
+    fetch = ["python", "-m", "blobs", "fetch"]
+    assert by_name["fetch-base"]["command"] == [
+        *(*fetch, f"az://st/models/{BASE.model}/{BASE.revision}", "/work/models/Llama-3.1-8B-Instruct"),
+        *("--wait-seconds", "7200"),  # the mirror may still be at work
+    ]
+    assert by_name["fetch-dataset"]["command"] == [
+        *(*fetch, f"az://st/datasets/{DATASET}.jsonl", "/work/dataset.jsonl"),
+        *("--sha256", DATASET, "--wait-seconds", "900"),
+    ]
     tune = by_name["tune"]["command"]
     assert tune == [
         *("python", "-m", "training", "tune", "--spec", "/etc/drydock/tuning.json", "--out", "/work/run"),
@@ -113,7 +111,7 @@ def test_the_pod_fetches_then_tunes_then_evaluates(seen: Recorder):
 def test_the_containers_get_the_settings_that_they_parse(seen: Recorder):
     spec = TuningSpec.model_validate_json(data(seen)["tuning.json"])
     assert (spec.adapter, spec.lora_r, spec.learning_rate) == ("kubectl", 32, 2e-4)
-    assert after(containers(seen)["fetch-dataset"]["command"], "fetch") and spec.dataset == "/work/dataset.jsonl"
+    assert spec.dataset == containers(seen)["fetch-dataset"]["command"][5]
     assert spec.base_model == containers(seen)["fetch-base"]["command"][5]
     served = ServingSpec.model_validate_json(data(seen)["evaluate.json"])
     assert served.base_model == spec.base_model
