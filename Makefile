@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
+STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit contract lint format setup registry azurite lock images preview up destroy clean
+.PHONY: help rehearse test unit stack contract lint format setup registry azurite lock images preview up destroy render clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -14,12 +15,16 @@ help:  ## this list
 rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" for your own, KEEP=1 leaves it up)
 	@$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
 
-test: setup registry azurite lint  ## everything that must hold: lint, types, unit and contract tests
+test: setup registry azurite lint  ## everything that must hold: lint, types, unit, stack and contract tests
 	$(UNIT)
+	$(STACK_TESTS)
 	$(BIN)/python -m pytest tests/contract
 
 unit: setup  ## the fast tests alone, for daily work
 	$(UNIT)
+
+stack: setup  ## the tests of the Pulumi program and its parts, under mocks
+	$(STACK_TESTS)
 
 contract: setup registry azurite  ## the tests with real parts alone: vLLM, router, registry
 	$(BIN)/python -m pytest tests/contract
@@ -67,6 +72,9 @@ preview:  ## what `pulumi up` would change in an environment (STACK=dev), held a
 
 up:  ## bring an environment up (STACK=dev)
 	$(PULUMI) up --stack $(STACK) --policy-pack policy
+
+render: setup  ## write all Kubernetes objects of an environment as YAML to OUT/render (STACK=dev); no cloud needed
+	$(BIN)/python -m workloads.render --stack $(STACK) --out $(OUT)/render
 
 destroy:  ## remove an environment (STACK=dev); what is protected stays, and says so
 	$(PULUMI) destroy --stack $(STACK)

@@ -213,11 +213,10 @@ class Cluster(pulumi.ComponentResource):
             )
             if paid
             else None,
-            # Each driver is pods on every node: only what a pod of the stack claims.
+            # No pod of the stack claims a volume, and each driver is pods on every node.
             storage_profile=containerservice.ManagedClusterStorageProfileArgs(
                 blob_csi_driver=containerservice.ManagedClusterStorageProfileBlobCSIDriverArgs(enabled=False),
-                # The mirror Job's disk: the model may be larger than a node's.
-                disk_csi_driver=containerservice.ManagedClusterStorageProfileDiskCSIDriverArgs(enabled=True),
+                disk_csi_driver=containerservice.ManagedClusterStorageProfileDiskCSIDriverArgs(enabled=False),
                 file_csi_driver=containerservice.ManagedClusterStorageProfileFileCSIDriverArgs(enabled=False),
                 snapshot_controller=containerservice.ManagedClusterStorageProfileSnapshotControllerArgs(enabled=False),
             ),

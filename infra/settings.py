@@ -184,7 +184,9 @@ class Serving(EngineSettings):
     """The replicas: how many, where, and what each may take."""
 
     pool: PoolName = Field(description="GPU pool, a key of `pools`.")
-    min_replicas: int = Field(2, ge=0, le=100, description="0 lets the pool sleep; the next request waits for a node.")
+    min_replicas: int = Field(
+        2, ge=0, le=100, description="0 lets the pool sleep: the next request wakes it, and gets 503 until then."
+    )
     max_replicas: int = Field(2, ge=1, le=100, description="More than min_replicas: KEDA scales by the queue.")
     queue_target: int = Field(5, ge=1, description="Waiting requests a replica at which another one is added.")
     expose: Literal["cluster", "vnet"] = Field(

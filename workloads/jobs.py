@@ -12,8 +12,8 @@ from common import exits
 # made anew under its old name needs the old object to be gone at once: its pods may follow, and end in their own time.
 ANNOTATIONS = {"pulumi.com/skipAwait": "true", "pulumi.com/deletionPropagationPolicy": "background"}
 
-# Fields that the API server never lets change; of these, the provider replaces a Job for its template alone.
-IMMUTABLE = ["spec.podFailurePolicy", "spec.podReplacementPolicy"]
+# The API server lets neither template nor failure policy change; the provider knows it of the template alone.
+REPLACE_ON_CHANGES = ["spec.podFailurePolicy"]
 
 
 def inputs_hash(*inputs: str, length: int) -> str:

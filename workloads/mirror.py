@@ -11,7 +11,7 @@ from pulumi_kubernetes import batch, core, meta
 from pydantic import SecretStr
 
 from infra.settings import Base
-from workloads.jobs import ANNOTATIONS, IMMUTABLE, digest_of, failure_policy, inputs_hash
+from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, digest_of, failure_policy, inputs_hash
 from workloads.placement import apps_node_selector
 from workloads.pods import IDENTITY_LABEL, container_security, mount, pod_security, resources, scratch
 from workloads.policies import egress_https, network_policy
@@ -103,7 +103,7 @@ class Mirror(pulumi.ComponentResource):
                     ),
                 ),
             ),
-            opts=pulumi.ResourceOptions(parent=self, replace_on_changes=IMMUTABLE),
+            opts=pulumi.ResourceOptions(parent=self, replace_on_changes=REPLACE_ON_CHANGES),
         )
         self.job_name = job.metadata.name
         self.register_outputs({"address": self.address, "job_name": self.job_name})

@@ -10,7 +10,7 @@ from pulumi_kubernetes import batch, core, meta
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings, TuningSpec
-from workloads.jobs import ANNOTATIONS, IMMUTABLE, digest_of, failure_policy, inputs_hash
+from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, digest_of, failure_policy, inputs_hash
 from workloads.metrics import scraped
 from workloads.placement import gpu_node_selector, gpu_share, gpu_tolerations
 from workloads.pods import (
@@ -141,7 +141,7 @@ class TuningJob(pulumi.ComponentResource):
                     spec=_pod(args, title, specs.metadata.name),
                 ),
             ),
-            opts=pulumi.ResourceOptions(parent=self, replace_on_changes=IMMUTABLE),
+            opts=pulumi.ResourceOptions(parent=self, replace_on_changes=REPLACE_ON_CHANGES),
         )
         self.job_name = job.metadata.name
         self.register_outputs({"job_name": self.job_name})

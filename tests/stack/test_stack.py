@@ -165,3 +165,9 @@ def test_the_program_is_short_and_quick() -> None:
     started = time.monotonic()
     deployed("dev")
     assert time.monotonic() - started < 5
+
+
+def test_the_label_told_to_clients_is_the_one_that_the_network_policy_asks_for() -> None:
+    policy = next(item for item in stack("dev").of(":NetworkPolicy") if item.inputs["metadata"]["name"] == "router")
+    peers = [peer for rule in policy.inputs["spec"]["ingress"] for peer in rule["from"]]
+    assert {"namespaceSelector": {"matchLabels": {"drydock/client": "true"}}} in peers

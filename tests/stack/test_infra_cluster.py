@@ -122,7 +122,7 @@ def test_add_ons_and_upgrades() -> None:
         "omsagent": {"enabled": True, "config": {"logAnalyticsWorkspaceResourceID": LOGS, "useAADAuth": "true"}}
     }
     assert sent["autoUpgradeProfile"] == {"upgradeChannel": "patch", "nodeOSUpgradeChannel": "NodeImage"}
-    assert [name for name, item in sent["storageProfile"].items() if item["enabled"]] == ["diskCSIDriver"]
+    assert not [name for name, item in sent["storageProfile"].items() if item["enabled"]]
     assert set(sent["storageProfile"]) == {"blobCSIDriver", "diskCSIDriver", "fileCSIDriver", "snapshotController"}
     assert sent["autoScalerProfile"] == {
         "maxNodeProvisionTime": "20m",
