@@ -10,7 +10,6 @@ on this machine's loopback.
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import logging
 import os
@@ -536,6 +535,8 @@ def _ticks(transfer: Transfer | None) -> Callable[[int, int | None], None]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold `folder` against another fetch on this node; the lock ends with the process, however that ends."""
+    import fcntl  # absent on Windows, where deployers only push
+
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

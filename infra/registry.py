@@ -50,10 +50,9 @@ class Registry(pulumi.ComponentResource):
             public_network_access="Disabled" if place.private else "Enabled",
             # Lets Defender scan the images of a private registry; builds do not come this way (infra/images.py).
             network_rule_bypass_options="AzureServices",
-            data_endpoint_enabled=True
-            if place.private
-            else None,  # one host to allow instead of *.blob.core.windows.net
-            zone_redundancy="Enabled" if place.private and args.zones else None,  # Premium's; cannot be changed later
+            data_endpoint_enabled=place.private or None,  # Premium's: layers come from a host of this registry's own
+            # Premium's. The SDK sends Disabled where nothing is said, and it cannot be changed later.
+            zone_redundancy="Enabled" if place.private and args.zones else "Disabled",
             policies=containerregistry.PoliciesArgs(
                 # A token for Azure Resource Manager opens far more than a registry. Pods and the kubelets of all
                 # supported versions ask for the registry's own (cloud-provider-azure #8592).

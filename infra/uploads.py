@@ -311,9 +311,8 @@ def _put(path: Path, props: Mapping[str, Any]) -> bool:
         cause: Any = error.__cause__
         status, code = getattr(cause, "status_code", None), getattr(cause, "error_code", None)
         code = getattr(code, "value", code)
-        if (
-            status is None or code == "AuthorizationFailure"
-        ):  # not signed in, or kept out by the network: waiting is vain
+        # Not signed in, or kept out by the network: waiting changes neither.
+        if status is None or code == "AuthorizationFailure":
             raise SettingsError(error.problems) from None
         raise Refused(
             [
