@@ -48,7 +48,7 @@ mirror = Mirror(
     MirrorArgs(env.base, images.training, account, tuning.name, tuner["mirror"], env.huggingface_token),
     inside,
 )
-adapters = Adapters("adapters", AdaptersArgs(env, mirror.address, data, images, store, account, tuning), inside)
+jobs = Adapters("adapters", AdaptersArgs(env, mirror.address, data, images, store, account, tuning), inside).job_names
 fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpoint, who.keda.client_id)
 pool = Serving("serving", ServingArgs(env, *fed_by, serving.name, server["serving"]), inside)
-export(of_environment(env, place, cluster, registry, storage, images, pool.url, store, adapters, pool.watch, eyes))
+export(of_environment(env, place, cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes))

@@ -15,6 +15,7 @@ from urllib.parse import SplitResult
 import requests
 
 from artifacts.store import StoreError
+from common.identity import entra_credential, first_line
 
 # The registry's own audience: tokens for Azure Resource Manager are refused where "authentication as ARM" is off.
 AUDIENCE = "https://containerregistry.azure.net/.default"
@@ -118,9 +119,9 @@ class EntraSignIn:
         try:
             return str(self._credential.get_token(AUDIENCE).token)
         except ClientAuthenticationError as error:
-            raise StoreError(f"{self._host}: no Entra token: {_first_line(error)}; {_REMEDY}") from None
+            raise StoreError(f"{self._host}: no Entra token: {_told(error)}; {_REMEDY}") from None
         except AzureError as error:
-            raise Unreachable(f"Entra: {_first_line(error)}") from None
+            raise Unreachable(f"Entra: {_told(error)}") from None
         except OSError as error:  # the projected token file
             raise StoreError(f"{self._host}: no Entra token: {error}; {_REMEDY}") from None
 
@@ -133,18 +134,12 @@ _REMEDY = (
 
 def credential() -> Credential:
     """The pod's workload identity, or whatever a person is signed in with (az login, environment)."""
-    from azure.identity import DefaultAzureCredential, WorkloadIdentityCredential
-
     logging.getLogger("azure").setLevel(logging.ERROR)  # headers of each request, and a warning for each way it tried
-    # In a pod only the identity it was given: the default chain would go on to the node's.
-    if "AZURE_FEDERATED_TOKEN_FILE" in os.environ:
-        try:
-            return WorkloadIdentityCredential()
-        except ValueError as error:
-            raise StoreError(f"workload identity is not fully configured: {_first_line(error)}; {_REMEDY}") from None
-    return DefaultAzureCredential()
+    try:
+        return entra_credential()
+    except ValueError as error:
+        raise StoreError(f"workload identity is not fully configured: {_told(error)}; {_REMEDY}") from None
 
 
-def _first_line(error: Exception) -> str:
-    """azure-identity's messages run over many lines; the first says what happened."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _told(error: Exception) -> str:
+    return first_line(error)[:300]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import json
 import os
 import time
@@ -31,6 +30,7 @@ from artifacts.store import (
     StoreError,
     _sha256,
 )
+from common.hosts import is_loopback
 
 ATTEMPTS = 4
 BACKOFF_SECONDS = 0.5  # doubled after each attempt: a dead registry is told after 3.5 s
@@ -53,7 +53,7 @@ class RegistryStore(Store):
         self.url = url.rstrip("/")
         self.host = parts.netloc
         self._prefix = parts.path.strip("/")
-        local = _is_loopback(parts.hostname)
+        local = is_loopback(parts.hostname)
         self._base = f"{'http' if local else 'https'}://{parts.netloc}"
         self._session = requests.Session()
         self._session.trust_env = not local  # a proxy cannot reach this machine's own loopback
@@ -229,7 +229,7 @@ class RegistryStore(Store):
         if kind.lower() == "bearer":
             wanted = parse_dict_header(rest)  # type: ignore[no-untyped-call]
             realm = urlsplit(wanted.get("realm") or "")
-            if realm.scheme != "https" and not _is_loopback(realm.hostname or ""):
+            if realm.scheme != "https" and not is_loopback(realm.hostname or ""):
                 raise StoreError(f"{self.url}: will not send a sign-in to {realm.geturl()!r}: it is not HTTPS")
             if not basic and self._entra.answers(realm):
                 scope = wanted.get("scope") or ""
@@ -320,10 +320,3 @@ def _docker_login(host: str) -> tuple[str | None, Path]:
     if entry.get("username") and entry.get("password"):
         return base64.b64encode(f"{entry['username']}:{entry['password']}".encode()).decode(), path
     return None, path
-
-
-def _is_loopback(hostname: str) -> bool:
-    try:
-        return ipaddress.ip_address(hostname).is_loopback
-    except ValueError:
-        return hostname == "localhost"

@@ -10,7 +10,6 @@ on this machine's loopback.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
@@ -33,6 +32,8 @@ from pydantic import ValidationError
 
 from blobs import BlobError
 from common.files import file_digest, write_atomic
+from common.hosts import is_loopback
+from common.identity import entra_credential, first_line
 from common.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -405,7 +406,7 @@ def wait_for(attempt: Callable[[], Result | None], seconds: float, what: str) ->
 
 def _open(address: Address, retries: int) -> ContainerClient:
     endpoint = os.environ.get("DRYDOCK_BLOB_ENDPOINT") or f"https://{address.account}.blob.core.windows.net"
-    local = _is_loopback(urlsplit(endpoint).hostname or "")
+    local = is_loopback(urlsplit(endpoint).hostname or "")
     return ContainerClient(
         endpoint.rstrip("/"),
         address.container,
@@ -428,19 +429,14 @@ def _open(address: Address, retries: int) -> ContainerClient:
 
 
 def _identity() -> TokenCredential:
-    """This process's Entra identity: the pod's own if it has one, otherwise azure-identity's usual chain."""
-    from azure.identity import DefaultAzureCredential, WorkloadIdentityCredential  # half a second to import
-
-    if os.environ.get("AZURE_FEDERATED_TOKEN_FILE"):
-        # The chain would take it too, but only after EnvironmentCredential, and a refusal would list nine classes.
-        try:
-            return _Identity(WorkloadIdentityCredential())
-        except ValueError as error:
-            raise SettingsError(
-                [f"workload identity is half set up: {error}; the service account needs the annotation "
-                 "azure.workload.identity/client-id"]
-            ) from None  # fmt: skip
-    return _Identity(DefaultAzureCredential())
+    """This process's Entra identity."""
+    try:
+        return _Identity(entra_credential())
+    except ValueError as error:
+        raise SettingsError(
+            [f"workload identity is half set up: {error}; the service account needs the annotation "
+             "azure.workload.identity/client-id"]
+        ) from None  # fmt: skip
 
 
 class _Identity:
@@ -454,7 +450,7 @@ class _Identity:
             return self._credential.get_token(*scopes, **options)
         except ClientAuthenticationError as error:
             raise Refused(
-                [f"no Entra token: {_first_line(error)}; in a pod: the label azure.workload.identity/use and a "
+                [f"no Entra token: {first_line(error)}; in a pod: the label azure.workload.identity/use and a "
                  "federated credential for its service account; elsewhere: az login"]
             ) from error  # fmt: skip
 
@@ -470,13 +466,6 @@ def _key(endpoint: str) -> AzureNamedKeyCredential:
     return AzureNamedKeyCredential(account, key)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 @contextmanager
 def _explained(place: Address, role: str) -> Iterator[None]:
     """Turn the SDK's errors at `place`, where `role` is needed, into words and into the class that says who acts."""
@@ -488,7 +477,7 @@ def _explained(place: Address, role: str) -> Iterator[None]:
 
 def _explanation(error: AzureError, place: Address, role: str) -> Exception:
     status, code = getattr(error, "status_code", None), _code(error)
-    told = _first_line(error)
+    told = first_line(error)
     if code == "ContainerNotFound":
         return SettingsError([f"{place}: account {place.account} has no container {place.container}"])
     if status == 404:
@@ -506,11 +495,6 @@ def _explanation(error: AzureError, place: Address, role: str) -> Exception:
     if status is None or status in (408, 429) or status >= 500:
         return BlobError(f"{place}: {told}")
     return SettingsError([f"{place}: {status} {code or ''}: {told}"])
-
-
-def _first_line(error: Exception) -> str:
-    """What `error` says, without the SDK's further lines of request ids and advice."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _code(error: AzureError) -> str:

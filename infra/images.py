@@ -9,12 +9,10 @@ import pulumi
 from pulumi_azure_native import containerregistry
 
 from common.settings import SettingsError
-from infra.context import base_images, context_files, context_hash, pack
+from infra.context import base_images, context_files, context_hash
 from infra.place import Place
 from infra.registry import CACHE, Registry
 from infra.uploads import ImageBuild
-
-__all__ = ["IMAGES", "Images", "ImagesArgs", "base_arguments", "context_files", "context_hash", "pack"]
 
 IMAGES = {
     "training": "training/Dockerfile",

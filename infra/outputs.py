@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import pulumi
 
+from infra.images import IMAGES, Images
+
 if TYPE_CHECKING:
     from infra.cluster import Cluster
-    from infra.images import Images
     from infra.observability import Observability
     from infra.place import Place
     from infra.registry import Registry
     from infra.settings import Environment
     from infra.storage import Storage
-    from workloads.adapters import Adapters
+
+CLIENT_LABEL = {"drydock/client": "true"}
+"""Label of the namespaces whose pods may ask the endpoint."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,11 @@ def of_environment(
     images: Images,
     url: pulumi.Output[str],
     store: pulumi.Output[str],
-    adapters: Adapters,
+    jobs: Mapping[str, pulumi.Output[str]],
     watch: str,
     eyes: Observability,
 ) -> Outputs:
-    """The outputs of an environment from its components."""
-    names = adapters.job_names
+    """The outputs of an environment from its components; `jobs`: the tuning Job's name by adapter."""
     return Outputs(
         resource_group=place.group,
         location=place.location,
@@ -100,18 +103,18 @@ def of_environment(
         registry=registry.login_server,
         adapter_store=store,
         storage_account=storage.name,
-        images={name: getattr(images, name) for name in ("training", "serving", "router", "stress")},
+        images={name: getattr(images, name) for name in IMAGES},
         endpoint=pulumi.Output.concat(url, "/v1"),
         models=[env.base.served_name, *env.adapters],
-        client_label={"drydock/client": "true"},
-        tuning_jobs=names,
+        client_label=CLIENT_LABEL,
+        tuning_jobs=dict(jobs),
         prometheus_endpoint=eyes.query_endpoint,
         grafana_url=eyes.grafana_url,
         next_steps=[
             pulumi.Output.format("az aks get-credentials --resource-group {0} --name {1}", place.group, cluster.name),
             *(
                 pulumi.Output.format("kubectl -n drydock-tuning logs -f job/{0} --all-containers", job)
-                for job in names.values()
+                for job in jobs.values()
             ),
             watch,
         ],

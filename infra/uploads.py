@@ -10,7 +10,6 @@ stay classes of this module, without state, or the copy that Pulumi keeps of the
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import time
@@ -24,6 +23,8 @@ import requests
 from pulumi import dynamic
 
 from common.files import file_digest
+from common.hosts import is_loopback
+from common.identity import entra_credential, first_line
 from common.settings import SettingsError
 from infra.context import context_files, context_hash, pack
 
@@ -204,7 +205,7 @@ class RegistryTasks:
         self._resource_group, self._registry = resource_group, registry
         self._session = requests.Session()
         self._credential: Any = None
-        self._local = _is_loopback(urlsplit(endpoint).hostname or "")  # a stand-in on this machine: no Entra
+        self._local = is_loopback(urlsplit(endpoint).hostname or "")  # a stand-in on this machine: no Entra
         self._session.trust_env = not self._local  # a proxy cannot reach this machine's own loopback
 
     def upload(self, context: bytes) -> str:
@@ -291,14 +292,14 @@ class RegistryTasks:
 
     def _token(self) -> str:
         from azure.core.exceptions import AzureError
-        from azure.identity import DefaultAzureCredential  # half a second to import
 
-        self._credential = self._credential or DefaultAzureCredential()
+        self._credential = self._credential or entra_credential()
         try:
             return str(self._credential.get_token(self._audience).token)  # kept by azure-identity until it ends
         except AzureError as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise SettingsError([f"{self._registry}: no Entra token ({first[:300]}); run az login"]) from None
+            raise SettingsError(
+                [f"{self._registry}: no Entra token ({first_line(error)[:300]}); run az login"]
+            ) from None
 
 
 def _put(path: Path, props: Mapping[str, Any]) -> bool:
@@ -341,10 +342,3 @@ def _arm_error(answer: requests.Response) -> str:
         return f"{error['code']}: {error['message']}"
     except (requests.RequestException, ValueError, KeyError, TypeError):
         return answer.reason or ""
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from infra.settings import Base, GpuPool, Serving
 from serving.spec import EngineSettings, ServingSpec
 from workloads.metrics import SIDECAR_PORT, scraped
+from workloads.mirror import BASE_WAIT_SECONDS, BYTES_PER_PARAMETER
 from workloads.namespaces import SERVING
 from workloads.placement import GpuShare, gpu_node_selector, gpu_share, gpu_tolerations
 from workloads.pods import (
@@ -37,13 +38,11 @@ PORT = 8000
 SIDECAR_METRICS = 9402
 PRIORITY = "drydock-serving"
 
-BASE_WAIT_SECONDS = 7200  # for a base model that the mirror Job is still copying: the first `pulumi up`
 NODE_SECONDS = 1800  # for a GPU node (up to 20 minutes with its driver) and the image on it
 
 # A cold start of an 8B model took 294 s (Tensorfuse, L40S), of which 200 were imports, compilation and graph capture.
 COMPILE_SECONDS = 600
 READ_BYTES_PER_SECOND = 100e6  # an Azure P10 disk, the smallest that a GPU node has
-BYTES_PER_PARAMETER = 2  # as the hub's files have them, whatever vLLM makes of it
 STARTUP_PERIOD = 10
 
 PRE_STOP_SECONDS = 10  # the router takes a pod out when it hears of its deletion; the rest is for requests on the way

@@ -16,6 +16,9 @@ ANNOTATIONS = {"pulumi.com/skipAwait": "true", "pulumi.com/deletionPropagationPo
 REPLACE_ON_CHANGES = ["spec.podFailurePolicy"]
 
 
+ROLE_WAIT_SECONDS = 900  # Azure needs minutes until a role just given counts
+
+
 def inputs_hash(*inputs: str, length: int) -> str:
     """`length` hex digits of a hash over `inputs`, one after the other."""
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from pulumi_kubernetes import batch, core, meta
 from pydantic import SecretStr
 
 from infra.settings import Base
-from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, digest_of, failure_policy, inputs_hash
+from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, digest_of, failure_policy, inputs_hash
 from workloads.placement import apps_node_selector
 from workloads.pods import IDENTITY_LABEL, container_security, mount, pod_security, resources, scratch
 from workloads.policies import egress_https, network_policy
@@ -19,13 +19,13 @@ from workloads.policies import egress_https, network_policy
 LABELS = {"app": "mirror"}
 DEADLINE_HOURS = 4  # 140 GB (70B) at 10 MB/s
 RETRIES = 6  # the hub's bad minutes; files that are there are not copied again
-ROLE_WAIT_SECONDS = 900  # Azure needs minutes until a role just given counts
+BASE_WAIT_SECONDS = 7200  # what a pod waits for a model that this Job is still copying: the first `pulumi up`
 
 # One file at a time passes over the node's disk. Large models lie on the hub in files of 5 to 10 GB, small ones in one.
 # More than this would not fit beside the images on the 64 GiB of a node of the apps pool.
 LARGEST_FILE_GIB = 30
 SLACK_GIB = 2  # tokenizer, the hub client's own files
-BYTES_PER_PARAMETER = 2  # bfloat16 or float16
+BYTES_PER_PARAMETER = 2  # bfloat16 or float16, as the hub's files have them
 
 
 @dataclass(frozen=True)

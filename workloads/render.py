@@ -61,6 +61,7 @@ NAME_KEYS = {
     "AgentPool": "agentPoolName",
     "AzureMonitorWorkspace": "azureMonitorWorkspaceName",
     "BlobContainer": "containerName",
+    "Grafana": "workspaceName",
     "ManagedCluster": "resourceName",
     "Registry": "registryName",
     "ResourceGroup": "resourceGroupName",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pulumi
 from pulumi_kubernetes import apps, core, meta, networking, policy, rbac
 
+from infra.outputs import CLIENT_LABEL
 from workloads.engine import LABELS as ENGINE_LABELS
 from workloads.engine import PORT as ENGINE_PORT
 from workloads.engine import ROUTER_LABELS
@@ -25,8 +26,6 @@ from workloads.policies import (
 )
 
 SERVICE = "drydock"
-CLIENT_LABEL = {"drydock/client": "true"}
-"""Label of the namespaces whose pods may ask."""
 PORT = 8080
 METRICS = 29000
 ROUTER_PORT = 8081  # inside the pod alone

@@ -10,8 +10,9 @@ from pulumi_kubernetes import batch, core, meta
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings, TuningSpec
-from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, digest_of, failure_policy, inputs_hash
+from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, digest_of, failure_policy, inputs_hash
 from workloads.metrics import scraped
+from workloads.mirror import BASE_WAIT_SECONDS
 from workloads.placement import gpu_node_selector, gpu_share, gpu_tolerations
 from workloads.pods import (
     IDENTITY_LABEL,
@@ -34,8 +35,6 @@ SPECS = "/etc/drydock"
 NAME_LIMIT = 52  # a pod's name adds six characters, and five more are left for the index of a Job of several pods
 HASH_LENGTH = 10
 
-BASE_WAIT_SECONDS = 7200  # for a base model that the mirror Job is still copying: the first `pulumi up`
-ROLE_WAIT_SECONDS = 900  # Azure needs minutes until a role just given counts
 GRACE_SECONDS = 120  # for the running step, a checkpoint, and its copy in Blob
 
 # The evaluation asks for as many tokens as the longest expected answer has bytes; text has about four bytes a token.
@@ -96,15 +95,18 @@ class TuningJob(pulumi.ComponentResource):
         child = pulumi.ResourceOptions(parent=self)
         labels = {"app": "tune", ADAPTER_LABEL: args.adapter}
         spec = tuning_spec(args.adapter, args.settings, args.base)
+        evaluation = pulumi.Output.from_input(args.store).apply(
+            lambda store: evaluation_spec(spec, args.base, args.serving, store=store).model_dump_json(indent=2)
+        )
         title = pulumi.Output.all(args.training_image, args.serving_image).apply(
             lambda images: job_name(spec, dataset_digest=args.dataset_digest, base=args.base, images=images)
         )
         specs = core.v1.ConfigMap(
             f"{name}-specs",
             metadata=meta.v1.ObjectMetaArgs(
-                name=_evaluation(args).apply(lambda text: _config_name(spec, text)), namespace=args.namespace
+                name=evaluation.apply(lambda text: _config_name(spec, text)), namespace=args.namespace
             ),
-            data={"tuning.json": spec.model_dump_json(indent=2), "evaluate.json": _evaluation(args)},
+            data={"tuning.json": spec.model_dump_json(indent=2), "evaluate.json": evaluation},
             immutable=True,
             opts=child,
         )
@@ -187,16 +189,6 @@ def _config_name(spec: TuningSpec, evaluation: str) -> str:
 
 def _base_folder(base: Base) -> str:
     return f"/work/models/{base.folder}"
-
-
-def _evaluation(args: TuningJobArgs) -> pulumi.Output[str]:
-    """`evaluate.json`."""
-    spec = tuning_spec(args.adapter, args.settings, args.base)
-
-    def written(store: str) -> str:
-        return evaluation_spec(spec, args.base, args.serving, store=store).model_dump_json(indent=2)
-
-    return pulumi.Output.from_input(args.store).apply(written)
 
 
 def _pod(args: TuningJobArgs, title: pulumi.Output[str], specs: pulumi.Input[str]) -> core.v1.PodSpecArgs:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from infra.outputs import CLIENT_LABEL
 from serving.router import Pods, router_command
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, deploy
-from workloads.router import CLIENT_LABEL, GRACE_SECONDS, PRE_STOP_SECONDS, REQUEST_SECONDS, Router, RouterArgs
+from workloads.router import GRACE_SECONDS, PRE_STOP_SECONDS, REQUEST_SECONDS, Router, RouterArgs
 
 IMAGE = "example.azurecr.io/drydock/router@sha256:" + "d" * 64
 VNET = "10.64.0.0/16"

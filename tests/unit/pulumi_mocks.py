@@ -16,6 +16,7 @@ from pulumi.runtime import mocks as runtime_mocks
 
 from infra.names import Names
 from infra.place import Place
+from workloads.render import NAME_KEYS
 
 SUBSCRIPTION = "00000000-0000-0000-0000-000000000001"
 TENANT = "00000000-0000-0000-0000-000000000002"
@@ -85,7 +86,7 @@ class Recorder(runtime_mocks.Mocks):
 def computed(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """What Azure would answer beyond the inputs."""
     last = kind.rpartition(":")[2]
-    own = {"name": next((inputs[key] for key in NAME_KEYS.get(last, ()) if key in inputs), name)}
+    own = {"name": inputs.get(NAME_KEYS.get(last, ""), name)}
     if last == "UserAssignedIdentity":
         return own | {
             "principalId": _guid(f"principal-{name}"),
@@ -118,27 +119,11 @@ def computed(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
             "identity": {"principalId": _guid(name), "tenantId": TENANT, "type": "SystemAssigned"},
             "properties": {**inputs.get("properties", {}), "endpoint": "https://grafana.example"},
         }
-    if last == "TaskRun":
-        return own | {"runResult": {"outputImages": [{"digest": DIGEST}], "status": "Succeeded"}}
     if last == "ImageBuild":
         return {"digest": DIGEST}
     if last == "FileUpload":
         return {"url": f"az://{inputs['account']}/{inputs['container']}/{inputs['blob']}"}
     return own if kind.startswith("azure-native:") else {}
-
-
-NAME_KEYS = {
-    "ManagedCluster": ("resourceName",),
-    "Registry": ("registryName",),
-    "StorageAccount": ("accountName",),
-    "BlobContainer": ("containerName",),
-    "ResourceGroup": ("resourceGroupName",),
-    "UserAssignedIdentity": ("resourceName",),
-    "AgentPool": ("agentPoolName",),
-    "AzureMonitorWorkspace": ("azureMonitorWorkspaceName",),
-    "VirtualNetwork": ("virtualNetworkName",),
-    "Grafana": ("workspaceName",),
-}
 
 
 def _guid(text: str) -> str:

@@ -22,15 +22,7 @@ def registered() -> Iterator[list[Request]]:
 
     def register(monitor: mocks.MockMonitor, request: Request) -> Any:
         requests.append(request)
-        response = inner(monitor, request)  # type: ignore[no-untyped-call]
-        if "identity" in request.object and "userAssignedIdentities" in request.object["identity"]:
-            # They go in as a list of IDs and come back as a map, in Azure too.
-            given = request.object["identity"]["userAssignedIdentities"]
-            response.object["identity"] = {
-                "type": "UserAssigned",
-                "userAssignedIdentities": {item: {} for item in given},
-            }
-        return response
+        return inner(monitor, request)  # type: ignore[no-untyped-call]
 
     mocks.MockMonitor.RegisterResource = register  # type: ignore[method-assign]
     try:
