@@ -1,4 +1,4 @@
-"""The virtual network: one subnet for the nodes, one for the API server, one for private endpoints."""
+"""The virtual network: subnets for the nodes, the API server, private endpoints and the builders of images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ POD_CIDR = "192.168.0.0/16"  # AKS gives each node a /24 of it: 256 nodes
 SERVICE_CIDR = "10.0.0.0/16"
 DNS_SERVICE_IP = "10.0.0.10"
 
-NODES, API_SERVER, ENDPOINTS = "nodes", "api-server", "endpoints"
+NODES, API_SERVER, ENDPOINTS, BUILDS = "nodes", "api-server", "endpoints", "builds"
 
 
 def subnets(address_space: str) -> dict[str, str]:
     """The CIDR of each subnet within `address_space`, which is a /20 or larger; what they leave is free for others.
 
     Nodes take a /21 (2043 of them, pods need none of it), the API server the first /28 of the next /21 (the smallest
-    AKS takes), private endpoints its second /26. Raises `SettingsError` where the cluster's own addresses overlap.
+    AKS takes), private endpoints its second /26, the builders of images half of its third. Raises `SettingsError` where
+    the cluster's own addresses overlap.
     """
     space = ipaddress.IPv4Network(address_space)
     overlaps = [
@@ -37,9 +38,13 @@ def subnets(address_space: str) -> dict[str, str]:
         raise SettingsError(overlaps)
     halves = space.subnets(new_prefix=21)
     nodes, rest = next(halves), next(halves)
-    endpoints = rest.subnets(new_prefix=26)
-    next(endpoints)  # the API server's /28 lies in the first
-    return {NODES: str(nodes), API_SERVER: str(next(rest.subnets(new_prefix=28))), ENDPOINTS: str(next(endpoints))}
+    api_server, endpoints, builds, *_ = rest.subnets(new_prefix=26)
+    return {
+        NODES: str(nodes),
+        API_SERVER: str(next(api_server.subnets(new_prefix=28))),
+        ENDPOINTS: str(endpoints),
+        BUILDS: str(next(builds.subnets(new_prefix=27))),
+    }
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,20 @@ class NetworkArgs:
 
 
 class Network(pulumi.ComponentResource):
-    """The virtual network and, with `outbound: nat_gateway`, the gateway of its nodes."""
+    """The virtual network and, with `outbound: nat_gateway`, the gateway of its nodes and builders."""
 
     id: pulumi.Output[str]
     nodes_subnet_id: pulumi.Output[str]
     api_server_subnet_id: pulumi.Output[str]
     endpoints_subnet_id: pulumi.Output[str]
+    builds_subnet_id: pulumi.Output[str]
 
     def __init__(self, name: str, args: NetworkArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:infra:Network", name, None, opts)
         cidrs = subnets(args.settings.address_space)
-        gateway = self._nat_gateway(name, args.place) if args.settings.outbound == "nat_gateway" else None
+        gateway = None
+        if args.settings.outbound == "nat_gateway":
+            gateway = network.SubResourceArgs(id=self._nat_gateway(name, args.place).id)
         vnet = network.VirtualNetwork(
             name,
             virtual_network_name=args.place.names.of("vnet"),
@@ -71,7 +79,7 @@ class Network(pulumi.ComponentResource):
                 network.SubnetArgs(
                     name=NODES,
                     address_prefix=cidrs[NODES],
-                    nat_gateway=network.SubResourceArgs(id=gateway.id) if gateway is not None else None,
+                    nat_gateway=gateway,
                 ),
                 network.SubnetArgs(
                     name=API_SERVER,
@@ -81,6 +89,7 @@ class Network(pulumi.ComponentResource):
                     ],
                 ),
                 network.SubnetArgs(name=ENDPOINTS, address_prefix=cidrs[ENDPOINTS]),
+                network.SubnetArgs(name=BUILDS, address_prefix=cidrs[BUILDS], nat_gateway=gateway),
             ],
             opts=pulumi.ResourceOptions(parent=self),
         )
@@ -88,12 +97,14 @@ class Network(pulumi.ComponentResource):
         self.nodes_subnet_id = pulumi.Output.format("{0}/subnets/{1}", vnet.id, NODES)
         self.api_server_subnet_id = pulumi.Output.format("{0}/subnets/{1}", vnet.id, API_SERVER)
         self.endpoints_subnet_id = pulumi.Output.format("{0}/subnets/{1}", vnet.id, ENDPOINTS)
+        self.builds_subnet_id = pulumi.Output.format("{0}/subnets/{1}", vnet.id, BUILDS)
         self.register_outputs(
             {
                 "id": self.id,
                 "nodes_subnet_id": self.nodes_subnet_id,
                 "api_server_subnet_id": self.api_server_subnet_id,
                 "endpoints_subnet_id": self.endpoints_subnet_id,
+                "builds_subnet_id": self.builds_subnet_id,
             }
         )
 

@@ -10,6 +10,7 @@ import pulumi
 
 from common.settings import SettingsError
 from infra.fit import check_serving, check_tuning
+from infra.network import subnets
 from infra.settings import ROOT, Environment, load_environment
 from training.dataset import Checked, Limits, Problem, read
 
@@ -42,7 +43,7 @@ def load(project: str, stack: str, root: Path = ROOT) -> Environment:
 
 def problems(env: Environment, root: Path) -> list[str]:
     """Everything that would fail later, as lines ready to print; datasets are searched below `root`."""
-    return [*_fit(env), *_datasets(env, root)]
+    return [*_addresses(env), *_fit(env), *_datasets(env, root)]
 
 
 def example_addresses(env: Environment) -> list[str]:
@@ -52,6 +53,14 @@ def example_addresses(env: Environment) -> list[str]:
 
 def _inside_examples(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
     return isinstance(network, ipaddress.IPv4Network) and any(network.subnet_of(each) for each in EXAMPLE_RANGES)
+
+
+def _addresses(env: Environment) -> list[str]:
+    try:
+        subnets(env.network.address_space)
+    except SettingsError as error:
+        return error.problems
+    return []
 
 
 def _fit(env: Environment) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Network(Settings):
         if ipaddress.ip_network(value).version != 4:
             raise ValueError("is not IPv4, which nodes and pods have")
         if ipaddress.ip_network(value).prefixlen > 20:
-            raise ValueError("is too small for nodes, API server and endpoints: give a /20 or larger")
+            raise ValueError("is too small for nodes, API server, endpoints and builders: give a /20 or larger")
         return value
 
     @field_validator("authorized_ip_ranges")
@@ -305,12 +305,24 @@ def inconsistencies(env: Environment) -> list[str]:
             "network.authorized_ip_ranges: required for a public API server: your own address, such as "
             "[203.0.113.7/32]; or set network.private: true"
         )
+    if env.network.private and env.network.outbound != "nat_gateway":
+        found.append(
+            "network.outbound: in a private environment images are built inside of the network, from where only a NAT "
+            "gateway leads out: set nat_gateway"
+        )
     if env.cluster.provisioning == "pools":
         for name, pool_settings in env.pools.items():
             if pool_settings.alternatives:
                 found.append(
                     f"pools.{name}.alternatives: an agent pool has one size: set cluster.provisioning: automatic, "
                     "or declare a pool for each size"
+                )
+    else:
+        for name, pool_settings in env.pools.items():
+            if pool_settings.min_nodes:
+                found.append(
+                    f"pools.{name}.min_nodes: nodes that stay without work need cluster.provisioning: pools; with "
+                    "automatic, serving.min_replicas keeps its nodes by itself: remove it"
                 )
     if env.serving.pool in env.pools:
         pool_settings = env.pools[env.serving.pool]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.settings import SettingsError
-from infra.network import API_SERVER, ENDPOINTS, NODES, Network, NetworkArgs, subnets
+from infra.network import API_SERVER, BUILDS, ENDPOINTS, NODES, Network, NetworkArgs, subnets
 from infra.settings import Network as NetworkSettings
 from tests.unit.pulumi_mocks import Recorder, place
 from tests.unit.registrations import Request, deploy_with_requests, orphans
@@ -21,7 +21,7 @@ def made(**settings: Any) -> tuple[Recorder, dict[tuple[str, str], Request]]:
 @pytest.mark.parametrize("space", ["10.64.0.0/16", "172.16.16.0/20", "10.128.0.0/9"])
 def test_subnets_lie_in_the_space_and_apart(space: str) -> None:
     cidrs = {name: ipaddress.IPv4Network(cidr) for name, cidr in subnets(space).items()}
-    assert set(cidrs) == {NODES, API_SERVER, ENDPOINTS}
+    assert set(cidrs) == {NODES, API_SERVER, ENDPOINTS, BUILDS}
     assert all(cidr.subnet_of(ipaddress.IPv4Network(space)) for cidr in cidrs.values())
     assert not any(a.overlaps(b) for a in cidrs.values() for b in cidrs.values() if a is not b)
     assert cidrs[API_SERVER].prefixlen == 28  # the smallest that AKS takes
@@ -51,12 +51,13 @@ def test_network_has_its_subnets_inline() -> None:
     assert orphans(requests, "Network") == []
 
 
-def test_nat_gateway_is_on_the_subnet_of_the_nodes_alone() -> None:
+def test_nat_gateway_is_on_the_subnets_of_nodes_and_builders_alone() -> None:
     seen, requests = made(outbound="nat_gateway")
     address, gateway = seen.one(":PublicIPAddress").inputs, seen.one(":NatGateway").inputs
     assert (address["sku"]["name"], address["publicIPAllocationMethod"]) == ("Standard", "Static")
     assert gateway["publicIpAddresses"][0]["id"].endswith("PublicIPAddress/network-outbound")
     with_gateway = {item["name"]: item.get("natGateway") for item in seen.one(":VirtualNetwork").inputs["subnets"]}
     assert with_gateway[NODES]["id"].endswith("NatGateway/network-nat")
+    assert with_gateway[BUILDS] == with_gateway[NODES]
     assert with_gateway[API_SERVER] is None and with_gateway[ENDPOINTS] is None
     assert orphans(requests, "Network") == []
