@@ -16,9 +16,9 @@ from types import FrameType
 from common import exits
 from common.chat import prompt_messages
 from common.files import read_jsonl
+from common.processes import Processes
 from common.settings import SettingsError
 from rehearsal.chain import Chain, StageFailed, default_specs
-from rehearsal.processes import Processes
 from stress import report
 
 

@@ -23,9 +23,10 @@ from artifacts.store import open_store
 from common import exits
 from common.chat import answer, prompt_messages
 from common.files import file_digest, read_json, read_jsonl, write_json
+from common.processes import Processes, free_ports, python, wait_for
 from common.settings import SettingsError, load_settings
-from rehearsal.fleet import Fleet, free_ports
-from rehearsal.processes import MemoryWatch, Processes, python, wait_for
+from rehearsal.fleet import Fleet
+from rehearsal.memory import MemoryWatch
 from serving.spec import ServingSpec
 from training.base import base_folder, base_revision
 from training.spec import TuningSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from common.files import write_json
-from rehearsal.processes import Processes, python, wait_for
+from common.processes import Processes, free_ports, python, wait_for
 from serving.engine import is_ok
 
 START_SECONDS = 600.0  # two vLLMs starting side by side on two slow cores
@@ -133,12 +132,3 @@ class Fleet:
             if member.engine
         ]
         write_json(self._out / "fleet.json", {"router": self.router, "replicas": replicas})
-
-
-def free_ports(count: int) -> list[int]:
-    """`count` ports of the loopback interface that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from common.files import write_json
-from rehearsal.fleet import free_ports
+from common.processes import free_ports
 from serving.client import Engine
 from serving.state import read_token
 from training.__main__ import main as training

@@ -17,7 +17,7 @@ from azure.storage.blob import BlobServiceClient
 
 from common import exits
 from common.files import file_digest, read_json, tree_digest
-from rehearsal.fleet import free_ports
+from common.processes import free_ports
 from tests.contract.conftest import BASE, ROOT, wait_until
 from tests.unit.blob_fakes import FakeHub
 

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rehearsal.fleet import free_ports
+from common.processes import free_ports
 from tests.contract.conftest import ROOT, wait_until
 from tests.contract.test_router import CHAT, KEYS, Quiet, Worker
 

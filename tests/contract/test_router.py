@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rehearsal.fleet import free_ports
+from common.processes import free_ports
 from tests.contract.conftest import ROOT, wait_until
 
 SECONDS = 20  # each change is seen within two; the rest is for a busy machine

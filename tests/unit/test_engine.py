@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rehearsal.fleet import free_ports
+from common.processes import free_ports
 from serving.client import Engine, EngineError
 from serving.engine import is_ok, vllm_command, vllm_environment, wait_until_ok
 from serving.spec import ServingSpec

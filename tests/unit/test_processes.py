@@ -8,23 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from common import processes as module
 from common.files import write_json, write_jsonl
-from rehearsal import processes as module
-from rehearsal.processes import MemoryWatch, Processes, python, wait_for
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """`stop_all` ignores SIGINT for good, since its process is about to end; this one is not."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
+from common.processes import Processes, python, wait_for
+from rehearsal.memory import MemoryWatch
 
 
 def family(path: Path, trap: str = ":;") -> list[str]:
@@ -149,7 +142,7 @@ def test_nothing_starts_once_the_end_has_begun() -> None:
 @pytest.mark.parametrize("how", ["start", "run"])
 def test_when_the_starter_is_killed_outright_its_processes_end(tmp_path: Path, how: str) -> None:
     code = (
-        "import sys, time; from rehearsal.processes import Processes\n"
+        "import sys, time; from common.processes import Processes\n"
         f"Processes().{how}({family(tmp_path / 'a', PASSES_TERM_ON)!r}); time.sleep(100)"
     )
     starter = subprocess.Popen([sys.executable, "-c", code])

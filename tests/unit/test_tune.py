@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from artifacts.adapter import check_adapter
 from common import exits
 from common.files import file_digest, read_json, read_jsonl, tree_digest, write_json, write_jsonl
+from common.processes import free_ports
 from common.settings import SettingsError
-from rehearsal.fleet import free_ports
 from tests.unit.conftest import ROWS
 from training import tune as module
 from training.__main__ import main
