@@ -139,7 +139,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         passed = []
         with Engine(url) as engine:
             for run in runs:
-                result = evaluate(run, engine, spec.base_name)
+                result = evaluate(run, engine, spec.base_name, context=spec.max_model_len)
                 passed.append(result["passed"])
                 print(f"{run.spec.adapter}: {result['verdict']}")
                 if arguments.store:

@@ -55,9 +55,10 @@ def open_run(folder: Path) -> Run:
     return Run(folder, load_settings(folder / "spec.json", TuningSpec))
 
 
-def evaluate(run: Run, engine: Engine, base: str) -> dict[str, Any]:
+def evaluate(run: Run, engine: Engine, base: str, *, context: int | None = None) -> dict[str, Any]:
     """Ask base and adapter every held-out question; write `evaluation.json` and `canaries.json` into the run's folder.
 
+    `context`: the server's `max_model_len`, in tokens; it refuses a request that asks for a longer answer than that.
     Returns the evaluation: scores between 0 and 1, the interval of the gain, the verdict, some samples.
     """
     started = time.monotonic()
@@ -66,6 +67,7 @@ def evaluate(run: Run, engine: Engine, base: str) -> dict[str, Any]:
     expected = [expected_answer(row) for row in rows]
     # A token is at least one byte, so every expected answer and its end of turn fit in; what rambles on is cut.
     max_tokens = max(len(text.encode()) for text in expected) + 8
+    max_tokens = min(max_tokens, context or max_tokens)
     answers = {model: _ask(engine, model, rows, max_tokens, run.spec.adapter) for model in (base, run.name)}
 
     scores = {

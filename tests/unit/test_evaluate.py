@@ -64,6 +64,12 @@ def test_a_better_adapter_passes_and_gets_canaries(make_run: Callable[..., Run])
     assert canaries.largest_difference(server, NAME, canaries.load(run.folder / "canaries.json")) == 0
 
 
+def test_no_answer_is_asked_for_that_the_server_could_never_hold(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    assert evaluate(run, engine(wrong, right), "base", context=16)["max_tokens"] == 16
+    assert evaluate(run, engine(wrong, right), "base", context=4096)["max_tokens"] == len("answer number 59") + 8
+
+
 def test_a_useless_adapter_fails_whatever_the_base_can_do(make_run: Callable[..., Run]) -> None:
     run = make_run()
     (run.folder / "canaries.json").write_text("of an earlier evaluation")
