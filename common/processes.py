@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -19,9 +20,9 @@ _libc = ctypes.CDLL(None)  # loaded before the fork: after it, another thread ma
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL: enough for a tuning step and its checkpoint
 
 
-def die_with_parent() -> None:
-    """`preexec_fn`: SIGTERM when the parent is killed outright and can clean nothing up."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """`preexec_fn`: this signal when the parent is killed outright and can clean nothing up."""
+    _libc.prctl(PR_SET_PDEATHSIG, number)
 
 
 class Processes:
@@ -39,9 +40,17 @@ class Processes:
         self.stop_all()
 
     def start(
-        self, command: Sequence[str], *, log: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        *,
+        log: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        at_our_death: int = signal.SIGTERM,
     ) -> subprocess.Popen[bytes]:
-        """Start `command` in its own session; its output is added to `log`, or shown where there is none."""
+        """Start `command` in its own session; its output is added to `log`, or shown where there is none.
+
+        `at_our_death` is the signal that it gets when we are killed outright.
+        """
         output = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +66,7 @@ class Processes:
                     stderr=output,
                     env=os.environ | dict(environment or {}),
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=partial(die_with_parent, at_our_death),
                 )
                 self._running.append(process)
                 return process

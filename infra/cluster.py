@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pulumi
 from pulumi_azure_native import authorization, containerservice, managedidentity
 
+from infra.kubeconfig import for_kubelogin
 from infra.network import DNS_SERVICE_IP, POD_CIDR, SERVICE_CIDR, Network
 from infra.place import Place
 from infra.pools import CPU_OS_DISK_GIB, MAX_PODS
@@ -42,7 +43,7 @@ class Cluster(pulumi.ComponentResource):
     kubelet_object_id: pulumi.Output[str]
     """Of the identity with which nodes pull images; known before the cluster is."""
     kubeconfig: pulumi.Output[str]
-    """Secret. The user's kubeconfig as AKS gives it: its exec stanza needs kubelogin."""
+    """Secret. The user's kubeconfig, made to sign in without a browser: by kubelogin and the Azure CLI."""
     fqdn: pulumi.Output[str]
     """Of the API server."""
 
@@ -280,7 +281,9 @@ class Cluster(pulumi.ComponentResource):
             format="exec",  # kubelogin; the other format is the removed auth provider
             opts=pulumi.InvokeOutputOptions(parent=self),
         )
-        return pulumi.Output.secret(found.apply(lambda result: base64.b64decode(result.kubeconfigs[0].value).decode()))
+        return pulumi.Output.secret(
+            found.apply(lambda result: for_kubelogin(base64.b64decode(result.kubeconfigs[0].value).decode()))
+        )
 
 
 def _autoscaler() -> containerservice.ManagedClusterPropertiesAutoScalerProfileArgs:

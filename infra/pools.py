@@ -165,6 +165,9 @@ class Pools(pulumi.ComponentResource):
             parent=self,
             depends_on=[cluster.resource],  # the control plane is upgraded first: nodes may not be newer
             ignore_changes=["count"],  # the autoscaler's
+            # The provider would delete first whatever has a name of its own: replicas need the new pool to move to. The
+            # name tells the two apart.
+            delete_before_replace=False,
             # A GPU node takes up to 20 minutes to be ready; draining a pool on its way out may take longer.
             custom_timeouts=pulumi.CustomTimeouts(create="60m", update="120m", delete="60m"),
         )

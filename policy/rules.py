@@ -40,7 +40,8 @@ def gpu_pools_are_bounded(kind: str, props: Props) -> Iterator[str]:
         yield "the pool has a fixed size, paid day and night: set enableAutoScaling with minCount and maxCount"
     most = props.get("maxCount")
     if most is None or most > MOST_GPU_NODES:
-        yield f"maxCount is {most}, more than {MOST_GPU_NODES} or unbounded: lower pools.NAME.max_nodes"
+        nodes = most if most is None else int(most)  # the engine hands numbers over as floats
+        yield f"maxCount is {nodes}, more than {MOST_GPU_NODES} or unbounded: lower pools.NAME.max_nodes"
 
 
 def storage_is_private(kind: str, props: Props) -> Iterator[str]:

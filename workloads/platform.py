@@ -8,6 +8,7 @@ import pulumi
 
 from infra.cluster import Cluster
 from infra.identities import Identities
+from infra.kubeconfig import check_kubelogin
 from infra.place import Place
 from infra.pools import Pools
 from infra.registry import Registry
@@ -16,7 +17,7 @@ from workloads.gpu import DevicePlugin, DevicePluginArgs
 from workloads.lifetime import end_with
 from workloads.metrics import Metrics, MetricsArgs
 from workloads.namespaces import GPU, SERVING, TUNING, Namespace, NamespaceArgs
-from workloads.provider import check_kubelogin, cluster_provider
+from workloads.provider import cluster_provider
 from workloads.provisioning import NodeProvisioning, NodeProvisioningArgs
 
 
@@ -63,7 +64,8 @@ class Platform(pulumi.ComponentResource):
         )  # fmt: skip
         self.serving = Namespace(
             "serving",
-            NamespaceArgs(SERVING, "restricted", gpus[env.serving.pool], {"serving": identities.serving.client_id}),
+            # One more than there are: a replica on its way out still counts, and would keep the one that follows out.
+            NamespaceArgs(SERVING, "restricted", gpus[env.serving.pool] + 1, {"serving": identities.serving.client_id}),
             child,
         )
         system = Namespace("gpu", NamespaceArgs(GPU, "privileged", 0), child)

@@ -117,7 +117,7 @@ class Router(pulumi.ComponentResource):
             opts=patient,
         )
         inside = pulumi.Output.format("http://{0}.{1}.svc.cluster.local", SERVICE, args.namespace)
-        self.url = pulumi.Output.all(inside, service.status).apply(_address) if vnet else inside
+        self.url = pulumi.Output.all(inside, service.status.apply(_given)).apply(_address) if vnet else inside
         self.register_outputs({"url": self.url})
 
     def _account(self, name: str, args: RouterArgs, child: pulumi.ResourceOptions) -> pulumi.Output[str]:
@@ -149,12 +149,15 @@ class Router(pulumi.ComponentResource):
         return name_made
 
 
-def _address(inside_and_status: list[Any]) -> str:
+def _given(status: core.v1.outputs.ServiceStatus | None) -> str | None:
     """The load balancer's address, which the service has once Pulumi has waited for it."""
-    inside: str = inside_and_status[0]
-    status: core.v1.outputs.ServiceStatus | None = inside_and_status[1]
     ingress = status.load_balancer.ingress if status and status.load_balancer else None
-    return f"http://{ingress[0].ip}" if ingress else inside
+    return ingress[0].ip if ingress else None
+
+
+def _address(inside_and_given: list[Any]) -> str:
+    inside, given = inside_and_given
+    return f"http://{given}" if given else str(inside)
 
 
 def _from_clients(args: RouterArgs) -> networking.v1.NetworkPolicyIngressRuleArgs:

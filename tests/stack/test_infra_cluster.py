@@ -10,6 +10,7 @@ import pulumi
 import pytest
 
 from infra.cluster import Cluster, ClusterArgs
+from infra.kubeconfig import for_kubelogin
 from infra.network import Network, NetworkArgs
 from infra.place import Place
 from infra.roles import CLUSTER_ADMIN, MANAGED_IDENTITY_OPERATOR, NETWORK_CONTRIBUTOR
@@ -197,7 +198,7 @@ def test_options(protect: bool) -> None:
     assert [name for name in orphans(requests, "Cluster") if not name.endswith(" network")] == []
 
 
-def test_kubeconfig_is_the_users_and_secret() -> None:
+def test_kubeconfig_is_the_users_and_secret_and_needs_no_browser() -> None:
     found: list[Any] = []
 
     def program() -> pulumi.Output[None]:
@@ -209,7 +210,13 @@ def test_kubeconfig_is_the_users_and_secret() -> None:
         return pulumi.Output.all(*outputs).apply(found.extend)
 
     seen, _ = deploy_with_requests(program)
-    assert found == [KUBECONFIG, "https://oidc.example/1/", "drydock-test-aks", "drydock-test.example", True]
+    assert found == [
+        for_kubelogin(KUBECONFIG),
+        "https://oidc.example/1/",
+        "drydock-test-aks",
+        "drydock-test.example",
+        True,
+    ]
     ((token, args),) = [call for call in seen.calls if "Credentials" in call[0]]
     assert token.endswith("listManagedClusterUserCredentials")  # the admin's are refused without local accounts
     assert args == {"resourceGroupName": "drydock-test", "resourceName": "drydock-test-aks", "format": "exec"}

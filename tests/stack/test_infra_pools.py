@@ -141,6 +141,7 @@ def test_options() -> None:
     for name in ("pools-apps", "pools-a", "pools-b"):
         request = requests["AgentPool", name]
         assert list(request.ignoreChanges) == ["count"]  # the autoscaler's
+        assert request.deleteBeforeReplaceDefined and not request.deleteBeforeReplace  # the provider would
         assert any(urn.endswith("ManagedCluster::cluster") for urn in request.dependencies)
         assert not request.protect
     of_pools = {key: request for key, request in requests.items() if key[1].startswith("pools")}

@@ -8,8 +8,9 @@ import yaml
 from pulumi.runtime import rpc
 
 from common.settings import SettingsError
+from infra.kubeconfig import SERVER_ID, check_kubelogin, for_kubelogin
 from tests.unit.pulumi_mocks import KUBECONFIG, deploy
-from workloads.provider import SERVER_ID, check_kubelogin, cluster_provider, for_kubelogin
+from workloads.provider import cluster_provider
 
 IDENTIFIER = "/subscriptions/x/managedClusters/drydock-test-aks"
 
@@ -79,8 +80,7 @@ def test_provider_keeps_the_kubeconfig_secret():
 
     made = deploy(program).one("providers:kubernetes").inputs
     assert made["kubeconfig"][rpc._special_sig_key] == rpc._special_secret_sig
-    login = ["get-token", "--login", "azurecli", "--server-id", SERVER_ID]
-    assert args_of(made["kubeconfig"]["value"]) == login
+    assert made["kubeconfig"]["value"] == KUBECONFIG
     assert made["clusterIdentifier"] == IDENTIFIER
     assert (made["enableServerSideApply"], made["enableSecretMutable"]) == ("true", "true")
     assert "deleteUnreachable" not in made

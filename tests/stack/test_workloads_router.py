@@ -11,7 +11,7 @@ import pytest
 from infra.outputs import CLIENT_LABEL
 from serving.router import Pods, router_command
 from tests.unit.kubernetes_schema import problems
-from tests.unit.pulumi_mocks import Recorder, deploy
+from tests.unit.pulumi_mocks import LOAD_BALANCER, Recorder, deploy
 from workloads.router import GRACE_SECONDS, PRE_STOP_SECONDS, REQUEST_SECONDS, Router, RouterArgs
 
 IMAGE = "example.azurecr.io/drydock/router@sha256:" + "d" * 64
@@ -112,11 +112,15 @@ def test_inside_the_virtual_network_by_an_internal_load_balancer_that_keeps_the_
     assert inside["spec"]["type"] == "ClusterIP" and "annotations" not in inside["metadata"]
 
 
-def test_the_url_is_that_of_the_service() -> None:
+@pytest.mark.parametrize(
+    ("expose", "url"),
+    [("cluster", "http://drydock.drydock-serving.svc.cluster.local"), ("vnet", f"http://{LOAD_BALANCER}")],
+)
+def test_the_url_is_that_of_the_service(expose: Any, url: str) -> None:
     urls: list[str] = []
-    args = RouterArgs(image=IMAGE, expose="cluster", vnet_ranges=(), nodes=1)
+    args = RouterArgs(image=IMAGE, expose=expose, vnet_ranges=("10.64.0.0/16",), nodes=1)
     deploy(lambda: Router("router", args).url.apply(urls.append))
-    assert urls == ["http://drydock.drydock-serving.svc.cluster.local"]
+    assert urls == [url]
 
 
 def test_two_routers_on_two_nodes_where_there_can_be_two() -> None:

@@ -23,6 +23,7 @@ TENANT = "00000000-0000-0000-0000-000000000002"
 ADMIN = "00000000-0000-0000-0000-000000000003"
 PREFIX = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/drydock-test/providers"
 DIGEST = "sha256:" + "d" * 64
+LOAD_BALANCER = "10.64.7.250"
 
 KUBECONFIG = """\
 apiVersion: v1
@@ -121,6 +122,8 @@ def computed(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
         }
     if last == "ImageBuild":
         return {"digest": DIGEST}
+    if last == "Service" and inputs["spec"].get("type") == "LoadBalancer":
+        return {"status": {"loadBalancer": {"ingress": [{"ip": LOAD_BALANCER}]}}}
     if last == "FileUpload":
         return {"url": f"az://{inputs['account']}/{inputs['container']}/{inputs['blob']}"}
     return own if kind.startswith("azure-native:") else {}
