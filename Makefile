@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit stack contract lint format setup registry azurite lock images preview up destroy render clean
+.PHONY: help rehearse test unit stack contract engine tools lint format setup registry azurite lock images preview up destroy render clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -19,6 +19,8 @@ test: setup registry azurite lint  ## everything that must hold: lint, types, un
 	$(UNIT)
 	$(STACK_TESTS)
 	$(BIN)/python -m pytest tests/contract
+	@if [ "$(ENGINE)" = no ]; then :; elif $(BIN)/python -m localcloud.tools --check >/dev/null 2>&1; then $(MAKE) engine; \
+	  else echo "left out: the tests on the real Pulumi engine, whose tools take some 20 minutes to build once: make engine"; fi
 
 unit: setup  ## the fast tests alone, for daily work
 	$(UNIT)
@@ -28,6 +30,12 @@ stack: setup  ## the tests of the Pulumi program and its parts, under mocks
 
 contract: setup registry azurite  ## the tests with real parts alone: vLLM, router, registry
 	$(BIN)/python -m pytest tests/contract
+
+engine: setup azurite tools  ## the stack on the real Pulumi engine and a real Kubernetes API server, Azure simulated
+	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine -n 2 --dist loadgroup
+
+tools: setup  ## build what that needs from Go modules into .engine (some 20 minutes, once)
+	@$(BIN)/python -m localcloud.tools
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -67,17 +75,24 @@ azurite: setup  ## the Blob emulator of the contract tests (needs npm); 3.35.0 i
 STACK ?= dev
 PULUMI = @command -v pulumi >/dev/null || { echo "the Pulumi CLI is needed: https://www.pulumi.com/docs/install/"; exit 1; }; pulumi
 
-preview:  ## what `pulumi up` would change in an environment (STACK=dev), held against policy/
+# CLOUD=local: on this machine, with the real engine and API server and no account at Azure (localcloud/).
+LOCALLY = $(BIN)/python -m localcloud $@ --stack $(STACK) --folder $(OUT)/localcloud
+ifeq ($(CLOUD),local)
+preview up destroy: setup azurite tools
+	@$(LOCALLY)
+else
+preview:  ## what `pulumi up` would change in an environment (STACK=dev), held against policy/; CLOUD=local: without Azure
 	$(PULUMI) preview --stack $(STACK) --policy-pack policy
 
 up:  ## bring an environment up (STACK=dev)
 	$(PULUMI) up --stack $(STACK) --policy-pack policy
 
-render: setup  ## write all Kubernetes objects of an environment as YAML to OUT/render (STACK=dev); no cloud needed
-	$(BIN)/python -m workloads.render --stack $(STACK) --out $(OUT)/render
-
 destroy:  ## remove an environment (STACK=dev); what is protected stays, and says so
 	$(PULUMI) destroy --stack $(STACK)
+endif
+
+render: setup  ## write all Kubernetes objects of an environment as YAML to OUT/render (STACK=dev); no cloud needed
+	$(BIN)/python -m workloads.render --stack $(STACK) --out $(OUT)/render
 
 # Python 3.11 is the oldest supported: without saying so, the result would depend on the one that runs here.
 LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -103,4 +118,4 @@ images:  ## build the images as drydock/NAME by docker, podman or buildah (IMAGE
 	for image in $(IMAGES); do $(BUILDER) build $(BUILD_ARGS) -f $$(ls $$image/Dockerfile */$$image.Dockerfile 2>/dev/null) -t drydock/$$image . || exit 1; done
 
 clean:  ## remove what was installed and written
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .engine out .pytest_cache .mypy_cache .ruff_cache

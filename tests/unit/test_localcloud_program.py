@@ -52,7 +52,9 @@ def test_only_addresses_of_the_documentation_are_replaced() -> None:
 @pytest.mark.parametrize("stack", ["dev", "prod"])
 def test_committed_settings_change_in_nothing_but_addresses(stack: str) -> None:
     text = (ROOT / f"Pulumi.{stack}.yaml").read_text()
-    changed = [(old, new) for old, new in zip(text.splitlines(), for_here(text).splitlines(), strict=True) if old != new]
+    changed = [
+        (old, new) for old, new in zip(text.splitlines(), for_here(text).splitlines(), strict=True) if old != new
+    ]
     assert len(changed) == (1 if stack == "dev" else 0)
     assert all(OURS in new for _, new in changed)
 

@@ -1,0 +1,106 @@
+"""The Pulumi CLI set up so that a program meets this machine: its own home, state, plugins, and nobody's account."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from localcloud.tools import ROOT, Tools
+
+PASSPHRASE = "drydock-local"  # of a state that holds secrets of this machine alone
+# What would lead a provider, or our own code, to a real account.
+FOREIGN = ("ARM_", "AZURE_", "PULUMI_", "DRYDOCK_", "KUBE")
+
+
+class PulumiFailed(Exception):
+    """`pulumi` ended with another exit code than 0; the message is everything it said."""
+
+
+@dataclass(frozen=True)
+class Cli:
+    """`pulumi` with plugins for `kubernetes` (the real one) and `azure-native` (`localcloud.azure`) below `folder`."""
+
+    folder: Path
+    tools: Tools
+    environment: Mapping[str, str]
+
+    def run(
+        self, *arguments: str, cwd: Path, check: bool = True, timeout: float = 600, capture: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `pulumi ARGUMENTS` in `cwd`; stdout and stderr are kept apart, or shown where `capture` is false."""
+        done = subprocess.run(
+            self.command(*arguments), cwd=cwd, env=dict(self.environment), text=True, timeout=timeout,
+            capture_output=capture, stdin=subprocess.DEVNULL if capture else None,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise PulumiFailed(
+                f"pulumi {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
+        return done
+
+    def command(self, *arguments: str) -> list[str]:
+        return [str(self.folder / "bin" / "pulumi"), *arguments]
+
+    def json(self, *arguments: str, cwd: Path) -> Any:
+        """What `pulumi ARGUMENTS --json` prints."""
+        return json.loads(self.run(*arguments, "--json", cwd=cwd).stdout)
+
+
+def prepare(folder: Path, tools: Tools, more: Mapping[str, str], path: Iterable[Path] = ()) -> Cli:
+    """Write home, plugins and wrappers below `folder` and return the CLI that uses them.
+
+    `more`: further variables of its environment; `path`: folders before the PATH of this process.
+    """
+    home, state, wrappers = folder / "home", folder / "state", folder / "bin"
+    for each in (home, state, wrappers):
+        each.mkdir(parents=True, exist_ok=True)
+    _same_file(tools.pulumi, wrappers / "pulumi")  # beside its language host, as released: else it warns on every run
+    _wrapper(wrappers / "pulumi-language-python", "localcloud.language_host")
+    _wrapper(wrappers / "pulumi-resource-pulumi-python", "pulumi.dynamic")
+    plugins = home / "plugins"
+    _wrapper(_plugin(plugins, "azure-native", version("pulumi-azure-native")), "localcloud.azure")
+    kubernetes = _plugin(plugins, "kubernetes", version("pulumi-kubernetes"))
+    kubernetes.unlink(missing_ok=True)
+    kubernetes.symlink_to(tools.kubernetes_provider)
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)},
+        "PATH": os.pathsep.join([*(str(each) for each in (wrappers, *path)), os.environ["PATH"]]),
+        "PULUMI_HOME": str(home),
+        "PULUMI_BACKEND_URL": f"file://{state}",
+        "PULUMI_CONFIG_PASSPHRASE": PASSPHRASE,
+        "PULUMI_SKIP_UPDATE_CHECK": "true",
+        "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": "true",  # nothing is fetched: what lacks is an error
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **more,
+    }
+    return Cli(folder, tools, environment)
+
+
+def _same_file(source: Path, target: Path) -> None:
+    """`target` is `source` under another name; not a symbolic link, which Pulumi would follow."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _plugin(plugins: Path, name: str, release: str) -> Path:
+    folder = plugins / f"resource-{name}-v{release}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"pulumi-resource-{name}"
+
+
+def _wrapper(path: Path, module: str) -> None:
+    # Only our own modules come from ROOT; a program's modules come from its own folder, which the host puts first.
+    here = f'PYTHONPATH="{ROOT}" ' if module.startswith("localcloud.") else ""
+    path.write_text(f'#!/bin/sh\n{here}exec "{sys.executable}" -m {module} "$@"\n')
+    path.chmod(0o755)

@@ -1,0 +1,139 @@
+"""One local cloud: control plane, stand-in for Azure, Blob emulator and Pulumi's state, in one folder that lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from common.processes import Processes, free_ports, wait_for
+from common.settings import SettingsError
+from localcloud import program
+from localcloud.azure import arm
+from localcloud.cli import Cli, prepare
+from localcloud.control_plane import ControlPlane
+from localcloud.tools import ROOT, locate
+
+AZURITE = ROOT / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
+# The one account that Azurite has, with its published key.
+ACCOUNT = "devstoreaccount1"
+KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+AZURITE_SECONDS = 30.0
+
+
+class LocalCloud:
+    """A context manager: what `pulumi up` brings up stays in `folder`, and is there when it is entered again.
+
+    `complete_jobs`: Jobs' pods succeed by themselves after a second, as if they had tuned; else they run until told.
+    `world`: where the stand-in for Azure keeps its resources, for several clouds in one subscription.
+    Raises `ToolsMissing` where tools are not built, `SettingsError` where the folder is in use or Azurite is missing.
+    """
+
+    cli: Cli
+    control_plane: ControlPlane
+
+    def __init__(self, folder: Path, *, complete_jobs: bool = True, world: Path | None = None) -> None:
+        self.folder, self.world = folder.resolve(), (world or folder / "azure").resolve()
+        self._complete_jobs = complete_jobs
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> LocalCloud:
+        tools = locate()
+        if not AZURITE.exists():
+            raise SettingsError([f"{AZURITE.relative_to(ROOT)}: no Blob emulator: run make azurite, which needs npm"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            self._claim(opened)
+            processes = opened.enter_context(Processes())
+            blobs = self._azurite(processes)
+            self.control_plane = opened.enter_context(
+                ControlPlane(self.folder, tools, complete_jobs=self._complete_jobs)
+            )
+            places = {
+                "DRYDOCK_LOCALCLOUD": str(self.folder),
+                "DRYDOCK_LOCALCLOUD_WORLD": str(self.world),
+                "DRYDOCK_BLOB_ENDPOINT": blobs,
+                "AZURE_STORAGE_KEY": KEY,
+            }
+            runs = opened.enter_context(contextlib.closing(arm.serve(self.world)))
+            places["DRYDOCK_ARM_ENDPOINT"] = runs.url
+            self.cli = prepare(self.folder, tools, places)
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _claim(self, opened: contextlib.ExitStack) -> None:
+        lock = opened.enter_context((self.folder / "lock").open("a+"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError([f"{self.folder}: in use by another process: wait for it, or end it"]) from None
+
+    def _azurite(self, processes: Processes) -> str:
+        """Start the emulator and return the endpoint of its account."""
+        (port,) = free_ports(1)
+        log = self.folder / "logs" / "azurite.log"
+        log.unlink(missing_ok=True)
+        process = processes.start(
+            # The SDK speaks a newer API version than this Azurite knows: it answers as by its own newest.
+            [str(AZURITE), "--blobPort", str(port), "--location", str(self.folder / "blobs"), "--silent",
+             "--skipApiVersionCheck", "--disableTelemetry"],
+            log=log,
+        )  # fmt: skip
+
+        def alive() -> None:
+            if process.poll() is not None:
+                raise SettingsError([f"{log}: Azurite ended with {process.returncode}: {log.read_text()[-500:]}"])
+
+        wait_for(lambda: "successfully listens" in log.read_text(), AZURITE_SECONDS, "Azurite", alive)
+        return f"http://127.0.0.1:{port}/{ACCOUNT}"
+
+    def stack(self, name: str, source: Path = ROOT) -> Stack:
+        """The program below `source` (a git checkout) as stack `name`, ready for `pulumi`; made anew or met again."""
+        return Stack(self, name, source)
+
+
+class Stack:
+    """One stack of a local cloud. Its copy of the program lies in `self.folder` and may be edited."""
+
+    def __init__(self, cloud: LocalCloud, name: str, source: Path) -> None:
+        self.cloud, self.name, self.source = cloud, name, source
+        self.folder = cloud.folder / "programs" / name
+        self.copy()
+
+    def copy(self) -> None:
+        """Bring the copy up to date with `source`; settings and secrets of this machine are put in again."""
+        program.copy(self.source, self.folder)
+        settings = self.folder / f"Pulumi.{self.name}.yaml"
+        if not settings.is_file():
+            known = ", ".join(sorted(path.name for path in self.source.glob("Pulumi.*.yaml")))
+            raise SettingsError([f"{settings.name}: no such settings; there are {known}"])
+        text = program.for_here(settings.read_text())
+        salt = self.cloud.folder / f"{self.name}.salt"  # of the passphrase; Pulumi keeps it there
+        settings.write_text(text + (salt.read_text() if salt.exists() else ""))
+        if self.name not in [item["name"] for item in self.cloud.cli.json("stack", "ls", cwd=self.folder)]:
+            self.pulumi("stack", "init", self.name, "--no-select", stack=False)
+            salted = [line for line in settings.read_text().splitlines() if line.startswith("encryptionsalt:")]
+            salt.write_text("".join(f"{line}\n" for line in salted))
+        self.pulumi("config", "set", "--secret", "--path", "drydock:api_keys.local", self._key())
+
+    def _key(self) -> str:
+        """The API key of this stack, the same for as long as the cloud's folder lasts: a new one would be a change."""
+        path = self.cloud.folder / f"{self.name}.key"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_hex(32))
+        return path.read_text()
+
+    def pulumi(self, *arguments: str, stack: bool = True, check: bool = True, capture: bool = True) -> Any:
+        """`pulumi ARGUMENTS` on this stack: a `CompletedProcess` of text."""
+        chosen = ("--stack", self.name) if stack else ()
+        return self.cloud.cli.run(*arguments, *chosen, cwd=self.folder, check=check, capture=capture)
+
+    def outputs(self) -> dict[str, Any]:
+        return dict(json.loads(self.pulumi("stack", "output", "--json").stdout))

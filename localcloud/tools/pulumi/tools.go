@@ -1,0 +1,6 @@
+//go:build tools
+
+// Package tools names what is built here, so that `go mod tidy` keeps it in go.mod.
+package tools
+
+import _ "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi"

@@ -1,0 +1,79 @@
+"""What the engine plans and did, read from its own JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localcloud.cloud import Stack
+
+QUIET = ("same", "read", "refresh")
+REPLACED = {"replace", "create-replacement", "delete-replaced"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preview. Resources are named as `TYPE NAME`, such as `AgentPool pools-apps`."""
+
+    steps: list[dict[str, Any]]
+    errors: list[str]
+
+    @property
+    def changes(self) -> dict[str, set[str]]:
+        """The operations on each resource that does not stay as it is."""
+        found: dict[str, set[str]] = {}
+        for step in self.steps:
+            if step["op"] not in QUIET:
+                found.setdefault(resource(step["urn"]), set()).add(step["op"])
+        return found
+
+    def order(self, name: str) -> list[str]:
+        return [step["op"] for step in self.steps if resource(step["urn"]) == name]
+
+    def new(self, name: str) -> dict[str, Any]:
+        """The inputs that `name` would get."""
+        return next(
+            dict(s["newState"]["inputs"]) for s in self.steps if resource(s["urn"]) == name and s.get("newState")
+        )
+
+
+def resource(urn: str) -> str:
+    kind, name = urn.split("::")[-2:]
+    return f"{kind.rpartition('$')[2].rpartition(':')[2]} {name}"
+
+
+def preview(stack: Stack, *arguments: str) -> Plan:
+    done = stack.pulumi("preview", "--json", "--show-replacement-steps", *arguments, check=False)
+    assert done.stdout.lstrip().startswith("{"), f"{done.stdout}\n{done.stderr}"
+    said = json.loads(done.stdout)
+    errors = [item["message"] for item in said.get("diagnostics") or [] if item["severity"] == "error"]
+    return Plan(said.get("steps") or [], errors)
+
+
+def last_update(stack: Stack) -> tuple[str, dict[str, int]]:
+    """`(result, resources by operation)` of the newest update, refresh or destroy."""
+    newest = json.loads(stack.pulumi("stack", "history", "--json", "--page-size", "1").stdout)[0]
+    return newest["result"], dict(newest.get("resourceChanges") or {})
+
+
+def state(stack: Stack) -> list[dict[str, Any]]:
+    """The resources of the stack's state, secrets encrypted."""
+    deployment = json.loads(stack.pulumi("stack", "export").stdout)["deployment"]
+    return list(deployment.get("resources") or [])
+
+
+@contextlib.contextmanager
+def edited(stack: Stack, name: str, old: str, new: str) -> Iterator[None]:
+    """The stack's copy of the program with `old` replaced by `new` in file `name`, once."""
+    path: Path = stack.folder / name
+    before = path.read_text()
+    assert before.count(old) == 1, f"{name}: {old!r} stands there {before.count(old)} times"
+    path.write_text(before.replace(old, new))
+    try:
+        yield
+    finally:
+        path.write_text(before)

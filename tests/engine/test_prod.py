@@ -1,0 +1,142 @@
+"""The prod environment on the real engine, where things go wrong on the way: each `up` ends with its cause, the next goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localcloud.azure.faults import Fault, inject, waiting
+from localcloud.azure.world import World
+from localcloud.cloud import LocalCloud, Stack
+from localcloud.tools import Tools
+from tests.engine.cluster import gpu_nodes, placements
+from tests.engine.plans import edited, last_update, preview, state
+
+pytestmark = [pytest.mark.xdist_group("prod"), pytest.mark.timeout(900)]
+
+SETTINGS = "Pulumi.prod.yaml"
+
+
+@pytest.fixture(scope="module")
+def cloud(tools: Tools, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
+    with LocalCloud(tmp_path_factory.mktemp("prod"), world=world) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def prod(cloud: LocalCloud) -> Stack:
+    return cloud.stack("prod")
+
+
+def up(stack: Stack) -> tuple[int, str]:
+    done = stack.pulumi("up", "--yes", "--skip-preview", check=False)
+    return done.returncode, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (Fault("conflict", "containerregistry:Registry", action="create"), ["registry-registry", "409", "Conflict"]),
+        (Fault("quota", "containerservice:AgentPool", "pools-serve", action="create"), ["pools-serve", "quota"]),
+    ],
+    ids=["conflict", "quota"],
+)
+def test_an_up_that_fails_tells_the_cause_at_the_resource(
+    prod: Stack, cloud: LocalCloud, fault: Fault, told: list[str]
+) -> None:
+    inject(cloud.world, fault)
+    code, said = up(prod)
+    assert code != 0
+    assert [text for text in told if text.lower() not in said.lower()] == [], said[-3000:]
+    assert last_update(prod)[0] == "failed"
+    assert waiting(cloud.world) == []  # it was met, not passed by
+
+
+def test_killed_midway_it_goes_on_as_the_readme_says(prod: Stack, cloud: LocalCloud) -> None:
+    inject(cloud.world, Fault("slow", "containerservice:AgentPool", "pools-serve", action="create", seconds=600))
+    command = cloud.cli.command("up", "--yes", "--skip-preview", "--stack", "prod")
+    process = subprocess.Popen(
+        command, cwd=prod.folder, env=dict(cloud.cli.environment), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "pools-serve" in line and "creating" in line:
+            break
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    code, said = up(prod)
+    assert code != 0 and "pulumi cancel" in said  # the lock of the one that was killed
+    prod.pulumi("cancel", "--yes")
+    prod.pulumi("refresh", "--yes", "--skip-preview", "--clear-pending-creates")
+    code, said = up(prod)
+    assert code == 0, said[-3000:]
+
+
+def test_nothing_is_orphaned(prod: Stack, cloud: LocalCloud) -> None:
+    ours = {item["id"].lower() for item in state(prod) if item["type"].startswith("azure-native:")}
+    group = next(item["id"].lower() for item in state(prod) if item["type"] == "azure-native:resources:ResourceGroup")
+    held = {record.id.lower() for record in World(cloud.world).all()}
+    assert {found for found in held if found.startswith(group)} <= ours
+    assert ours <= held
+
+
+def test_every_pod_is_on_the_pool_meant_for_it(prod: Stack, cloud: LocalCloud) -> None:
+    found = placements(cloud)
+    assert found["engine"] == {"serve"} and found["router"] == {"apps"}
+    assert found["nvidia-device-plugin"] == {"serve", "tune"} == set(gpu_nodes(cloud).values())
+    assert {pool for maker, pools in found.items() if maker.startswith("tune-") for pool in pools} == {"tune"}
+
+
+def test_a_second_up_changes_nothing(prod: Stack) -> None:
+    assert up(prod)[0] == 0
+    assert set(last_update(prod)[1]) == {"same"}
+    assert preview(prod).changes == {}
+
+
+def test_more_replicas_are_one_scaled_object(prod: Stack) -> None:
+    with edited(prod, SETTINGS, "min_replicas: 3", "min_replicas: 4"):
+        assert preview(prod).changes == {"ScaledObject serving-scaling-scaled": {"update"}}
+
+
+def test_a_build_that_fails_leaves_what_runs_and_is_made_up_for(prod: Stack, cloud: LocalCloud) -> None:
+    with cloud.control_plane.client() as api:
+        before = api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["template"]
+    inject(cloud.world, Fault("build_failed", name="drydock/serving", action="build"))
+    with edited(prod, "serving/__init__.py", (prod.folder / "serving/__init__.py").read_text(), "# changed\n"):
+        code, said = up(prod)
+        assert code != 0
+        for text in ("images-serving", "its build ended as Failed", "az acr task logs"):
+            assert text in said, said[-3000:]
+        with cloud.control_plane.client() as api:
+            after = api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["template"]
+        assert after == before
+        assert up(prod)[0] == 0
+    with cloud.control_plane.client() as api:
+        rolled = api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["template"]
+    assert rolled != before
+
+
+def test_what_is_protected_refuses_before_anything_is_gone(prod: Stack) -> None:
+    before = [item["urn"] for item in state(prod)]
+    done = prod.pulumi("destroy", "--yes", check=False)
+    assert done.returncode != 0
+    assert "protect" in done.stdout + done.stderr
+    assert [item["urn"] for item in state(prod)] == before
+
+
+def test_destroy_ends_though_the_cluster_is_out_of_reach(prod: Stack, cloud: LocalCloud) -> None:
+    with edited(prod, SETTINGS, "drydock:owner:", "drydock:protect: false\n  drydock:owner:"):
+        code, said = up(prod)
+        assert code == 0, said[-3000:]
+        cloud.control_plane.stop()
+        done = prod.pulumi("destroy", "--yes", check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert [item["type"] for item in state(prod) if item["type"].startswith("azure-native:")] == []
