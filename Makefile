@@ -32,7 +32,7 @@ contract: setup registry azurite  ## the tests with real parts alone: vLLM, rout
 	$(BIN)/python -m pytest tests/contract
 
 engine: setup azurite tools  ## the stack on the real Pulumi engine and a real Kubernetes API server, Azure simulated
-	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine -n 2 --dist loadgroup
+	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine -n 2 --dist loadfile
 
 tools: setup  ## build what that needs from Go modules into .engine (some 20 minutes, once)
 	@$(BIN)/python -m localcloud.tools

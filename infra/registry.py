@@ -88,8 +88,10 @@ class Registry(pulumi.ComponentResource):
         )
         self.id = registry.id
         self.name = registry.name
-        self.login_server = registry.login_server
-        self.cache_prefix = pulumi.Output.concat(registry.login_server, "/cache")
+        # Azure says it too, but in the plan of every change of this registry, tags included, the provider calls that
+        # unknown: each Job and Deployment would be shown as replaced. A name stays known.
+        self.login_server = pulumi.Output.concat(registry.name, ".azurecr.io")
+        self.cache_prefix = pulumi.Output.concat(self.login_server, "/cache")
         self.register_outputs(
             {
                 "id": self.id,

@@ -58,7 +58,7 @@ class LocalCloud:
                 "DRYDOCK_BLOB_ENDPOINT": blobs,
                 "AZURE_STORAGE_KEY": KEY,
             }
-            runs = opened.enter_context(contextlib.closing(arm.serve(self.world)))
+            runs = opened.enter_context(contextlib.closing(arm.serve(self.folder, self.world)))
             places["DRYDOCK_ARM_ENDPOINT"] = runs.url
             self.cli = prepare(self.folder, tools, places)
             self._open = opened.pop_all()

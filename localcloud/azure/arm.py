@@ -59,9 +59,9 @@ class ArmServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, build_seconds: float) -> None:
+    def __init__(self, folder: Path, world: Path, build_seconds: float) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.world, self.build_seconds = World(folder), build_seconds
+        self.folder, self.world, self.build_seconds = folder, World(world), build_seconds
         self.builds = _Builds()
         self.signature = f"sig={secrets.token_hex(16)}"
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -74,9 +74,12 @@ class ArmServer(ThreadingHTTPServer):
         self.server_close()
 
 
-def serve(folder: Path, build_seconds: float = 0.0) -> ArmServer:
-    """Answer for the registries of the world in `folder`. A run takes `build_seconds`; with none it is over at once."""
-    return ArmServer(folder, build_seconds)
+def serve(folder: Path, world: Path, build_seconds: float = 0.0) -> ArmServer:
+    """Answer for the registries of `world`, with the faults of the local cloud in `folder`.
+
+    A run takes `build_seconds`; with none it is over at once.
+    """
+    return ArmServer(folder, world, build_seconds)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -180,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fault(self, images: list[str], registry: str) -> faults.Fault | None:
         names = (*images, *(image.partition(":")[0] for image in images), registry)
-        fault = faults.take(self.server.world.folder, "build", "containerregistry:Registry", *names)
+        fault = faults.take(self.server.folder, "build", "containerregistry:Registry", *names)
         if fault and fault.kind == "throttled":
             raise AzureError(429, "TooManyRequests", "too many runs were asked for; try again later")
         return fault

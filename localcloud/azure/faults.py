@@ -65,7 +65,7 @@ class Fault:
 
 
 def inject(folder: Path, *faults: Fault) -> None:
-    """Add `faults` to those that wait in `folder`, that of the world."""
+    """Add `faults` to those that wait in `folder`, that of one local cloud."""
     with _waiting(folder) as waiting:
         waiting += [asdict(fault) for fault in faults]
 

@@ -62,10 +62,10 @@ def _answers(method: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class Provider(provider_pb2_grpc.ResourceProviderServicer):
-    """`folder`: of the local cloud (its control plane); `world`: where the resources are kept."""
+    """`folder`: of the local cloud (its control plane, its faults); `world`: where the resources are kept."""
 
     def __init__(self, folder: Path, world: Path) -> None:
-        self._world = World(world)
+        self._folder, self._world = folder, World(world)
         self._hands = Hands(folder)
         self._config: dict[str, str] = {}
 
@@ -246,7 +246,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         """What an injected fault does before the request is done; the fault itself where it has more to do."""
         names = (id_.rpartition("/")[2], urn.rpartition("::")[2])
         throttled = 0
-        while fault := faults.take(self._world.folder, action, token.partition(":")[2], *names):
+        while fault := faults.take(self._folder, action, token.partition(":")[2], *names):
             if fault.kind == "throttled":
                 throttled += 1
                 if throttled > RETRIES:

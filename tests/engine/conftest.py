@@ -1,4 +1,4 @@
-"""The unmodified program on the real engine: each environment is brought up once, for all tests of its group."""
+"""The unmodified program on the real engine: each environment is brought up once, for all tests of its file."""
 
 from __future__ import annotations
 

@@ -29,8 +29,6 @@ from localcloud.pods import evict, pod_path, wait_for
 from localcloud.tools import Tools
 from tests.engine.objects import container, deployment, job, namespace, pod_template
 
-pytestmark = pytest.mark.xdist_group("control_plane")
-
 ROOT = Path(__file__).parents[2]
 PLACE = "team"
 POOL_ID = "/subscriptions/1/resourceGroups/g/providers/Microsoft.ContainerService/managedClusters/c/agentPools/apps"

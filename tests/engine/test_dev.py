@@ -13,7 +13,7 @@ from tests.engine.cluster import gpu_nodes, maker, placements
 from tests.engine.conftest import Up
 from tests.engine.plans import REPLACED, edited, last_update, preview, resource
 
-pytestmark = [pytest.mark.xdist_group("dev"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 SETTINGS = "Pulumi.dev.yaml"
 JOB, DEPLOYMENT, ENGINE_POOL = "Job tune-kubectl-job", "Deployment serving-engine-deployment", "AgentPool pools-a100"
@@ -118,7 +118,13 @@ def test_another_gpu_is_a_new_pool_before_the_old_one_goes(dev: Up) -> None:
 def test_tags_replace_nothing(dev: Up) -> None:
     with edited(dev.stack, SETTINGS, "drydock:owner:", "drydock:tags: { cost-center: '7' }\n  drydock:owner:"):
         plan = preview(dev.stack)
-    assert plan.changes and {op for ops in plan.changes.values() for op in ops} == {"update"}, plan.changes
+        dev.stack.pulumi("up", "--yes", "--skip-preview")
+        result, changes = last_update(dev.stack)
+    # The provider's plan calls the principal ID of an identity unknown as soon as the identity changes in anything.
+    shown = {name for name, ops in plan.changes.items() if ops != {"update"}}
+    assert {name.split()[0] for name in shown} <= {"RoleAssignment"}, shown
+    assert (result, set(changes)) == ("succeeded", {"same", "update"})
+    dev.stack.pulumi("up", "--yes", "--skip-preview")  # as the others expect it
 
 
 SECOND = """\

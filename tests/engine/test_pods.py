@@ -14,8 +14,6 @@ from localcloud.pods import evict, finish, wait_for
 from localcloud.tools import Tools
 from tests.engine.objects import container, deployment, job, namespace, pod_template
 
-pytestmark = pytest.mark.xdist_group("control_plane")
-
 PLACE = "team"
 JOBS = f"/apis/batch/v1/namespaces/{PLACE}/jobs"
 PODS = f"/api/v1/namespaces/{PLACE}/pods"

@@ -18,7 +18,7 @@ from localcloud.tools import Tools
 from tests.engine.cluster import gpu_nodes, placements
 from tests.engine.plans import edited, last_update, preview, state
 
-pytestmark = [pytest.mark.xdist_group("prod"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 SETTINGS = "Pulumi.prod.yaml"
 
@@ -50,16 +50,16 @@ def up(stack: Stack) -> tuple[int, str]:
 def test_an_up_that_fails_tells_the_cause_at_the_resource(
     prod: Stack, cloud: LocalCloud, fault: Fault, told: list[str]
 ) -> None:
-    inject(cloud.world, fault)
+    inject(cloud.folder, fault)
     code, said = up(prod)
     assert code != 0
     assert [text for text in told if text.lower() not in said.lower()] == [], said[-3000:]
     assert last_update(prod)[0] == "failed"
-    assert waiting(cloud.world) == []  # it was met, not passed by
+    assert waiting(cloud.folder) == []  # it was met, not passed by
 
 
 def test_killed_midway_it_goes_on_as_the_readme_says(prod: Stack, cloud: LocalCloud) -> None:
-    inject(cloud.world, Fault("slow", "containerservice:AgentPool", "pools-serve", action="create", seconds=600))
+    inject(cloud.folder, Fault("slow", "containerservice:AgentPool", "pools-serve", action="create", seconds=600))
     command = cloud.cli.command("up", "--yes", "--skip-preview", "--stack", "prod")
     process = subprocess.Popen(
         command, cwd=prod.folder, env=dict(cloud.cli.environment), start_new_session=True,
@@ -109,7 +109,7 @@ def test_more_replicas_are_one_scaled_object(prod: Stack) -> None:
 def test_a_build_that_fails_leaves_what_runs_and_is_made_up_for(prod: Stack, cloud: LocalCloud) -> None:
     with cloud.control_plane.client() as api:
         before = api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["template"]
-    inject(cloud.world, Fault("build_failed", name="drydock/serving", action="build"))
+    inject(cloud.folder, Fault("build_failed", name="drydock/serving", action="build"))
     with edited(prod, "serving/__init__.py", (prod.folder / "serving/__init__.py").read_text(), "# changed\n"):
         code, said = up(prod)
         assert code != 0

@@ -27,7 +27,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[arm.ArmS
     engine = Engine(tmp_path / "cloud")
     engine.make("resources:ResourceGroup", {"resourceGroupName": "g", "location": "swedencentral"})
     engine.make("containerregistry:Registry", REGISTRY)
-    found = arm.serve(engine.world)
+    found = arm.serve(engine.folder, engine.world)
     monkeypatch.setenv("DRYDOCK_ARM_ENDPOINT", found.url)
     yield found
     found.close()
@@ -70,9 +70,7 @@ def test_a_run_takes_its_time(server: arm.ArmServer, build: dict[str, Any], capl
 def test_a_build_that_fails_shows_its_log_and_the_next_one_succeeds(
     server: arm.ArmServer, build: dict[str, Any]
 ) -> None:
-    inject(
-        server.world.folder, Fault("build_failed", name="drydock/other"), Fault("build_failed", name="drydock/stress")
-    )
+    inject(server.folder, Fault("build_failed", name="drydock/other"), Fault("build_failed", name="drydock/stress"))
     with pytest.raises(SettingsError) as caught:
         digest(build)
     assert "its build ended as Failed: failed to run step ID: build" in caught.value.problems[0]
@@ -81,7 +79,7 @@ def test_a_build_that_fails_shows_its_log_and_the_next_one_succeeds(
 
 
 def test_a_throttled_run_is_asked_for_again(server: arm.ArmServer, build: dict[str, Any]) -> None:
-    inject(server.world.folder, Fault("throttled", action="build", times=2), Fault("slow", action="read"))
+    inject(server.folder, Fault("throttled", action="build", times=2), Fault("slow", action="read"))
     digest(build)
 
 

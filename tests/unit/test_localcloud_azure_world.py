@@ -380,7 +380,7 @@ def test_containers_are_made_in_the_emulator_too(engine: Engine, monkeypatch: py
 
 
 def test_faults_are_met_once_by_whom_they_are_meant_for(cluster: Engine) -> None:
-    inject(cluster.world, Fault("conflict", "AgentPool", "a100"), Fault("quota", "containerservice:AgentPool"))
+    inject(cluster.folder, Fault("conflict", "AgentPool", "a100"), Fault("quota", "containerservice:AgentPool"))
     cluster.make("managedidentity:UserAssignedIdentity", IDENTITY)
     pool = f"{GROUP}/providers/Microsoft.ContainerService/managedClusters/aks/agentPools/a100"
     cluster.read("containerservice:AgentPool", pool)  # looking neither conflicts nor takes quota
@@ -389,21 +389,21 @@ def test_faults_are_met_once_by_whom_they_are_meant_for(cluster: Engine) -> None
     assert 'Code="ErrCode_InsufficientVCPUQuota"' in told
     assert "quota requested 24, remaining 0 for family StandardNCADSA100v4Family" in told
     cluster.make("containerservice:AgentPool", POOL)
-    assert waiting(cluster.world) == []
+    assert waiting(cluster.folder) == []
 
 
 def test_a_throttle_is_waited_out_up_to_the_providers_patience(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localcloud.azure.provider.THROTTLE_SECONDS", 0.0)
-    inject(engine.world, Fault("throttled", times=3))
+    inject(engine.folder, Fault("throttled", times=3))
     id_, _ = engine.make("managedidentity:UserAssignedIdentity", IDENTITY)
-    inject(engine.world, Fault("throttled", "UserAssignedIdentity", action="delete", times=4))
+    inject(engine.folder, Fault("throttled", "UserAssignedIdentity", action="delete", times=4))
     assert 'Status=429 Code="TooManyRequests"' in refusal(engine.delete, "managedidentity:UserAssignedIdentity", id_)
     engine.delete("managedidentity:UserAssignedIdentity", id_)
 
 
 def test_what_vanished_is_gone_and_what_is_slow_comes(cluster: Engine) -> None:
     id_, _ = cluster.make("containerservice:AgentPool", POOL)
-    inject(cluster.world, Fault("vanished", "AgentPool", action="read"), Fault("slow", seconds=0.05, action="update"))
+    inject(cluster.folder, Fault("vanished", "AgentPool", action="read"), Fault("slow", seconds=0.05, action="update"))
     assert cluster.read("containerservice:AgentPool", id_)[0] == ""
     started = time.monotonic()
     cluster.update("containerservice:AgentPool", id_, POOL)
@@ -411,7 +411,7 @@ def test_what_vanished_is_gone_and_what_is_slow_comes(cluster: Engine) -> None:
 
 
 def test_what_is_half_made_stays_with_its_reason(cluster: Engine) -> None:
-    inject(cluster.world, Fault("half_made", "AgentPool"))
+    inject(cluster.folder, Fault("half_made", "AgentPool"))
     assert 'Code="Conflict"' in refusal(cluster.make, "containerservice:AgentPool", POOL)
     ((key, data),) = cluster.context.metadata
     assert key == "grpc-status-details-bin"
