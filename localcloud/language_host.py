@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from typing import IO, Any
@@ -43,7 +44,7 @@ class LanguageHost(LanguageServer):
         self._folder = request.info.program_directory or request.pwd
         os.chdir(request.pwd)
         request.args[:] = [self._engine]
-        return super().Run(request, context)
+        return super().Run(request, context)  # type: ignore[no-untyped-call]
 
     def RunPlugin(self, request: Any, context: Any) -> Iterator[Any]:
         """Policy packs are plugins of kind `analyzer`; what they print is handed on line by line."""
@@ -70,7 +71,7 @@ class LanguageHost(LanguageServer):
         while streams:
             name, line = lines.get()
             if line:
-                yield language_pb2.RunPluginResponse(**{name: line})
+                yield language_pb2.RunPluginResponse(**{name: line})  # type: ignore[arg-type]
             else:
                 streams.pop(name)
         yield language_pb2.RunPluginResponse(exitcode=process.wait())
@@ -82,6 +83,13 @@ class LanguageHost(LanguageServer):
         return language_pb2.RuntimeOptionsResponse()
 
 
+def _end_with(parent: int) -> None:
+    """End when the engine was killed outright: nobody else would end us."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Pulumi gives the engine's address as the first argument that is no flag, and reads the port from stdout."""
     engine = next(argument for argument in sys.argv[1:] if not argument.startswith("-"))
@@ -89,6 +97,7 @@ def main() -> None:
     language_pb2_grpc.add_LanguageRuntimeServicer_to_server(LanguageHost(engine), server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     server.start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         server.wait_for_termination()
     except KeyboardInterrupt:  # Ctrl-C reaches the whole group; the engine ends us when it is done

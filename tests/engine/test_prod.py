@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from localcloud.azure.faults import Fault, inject, waiting
@@ -70,8 +71,13 @@ def test_killed_midway_it_goes_on_as_the_readme_says(prod: Stack, cloud: LocalCl
         if "pools-serve" in line and "creating" in line:
             break
     time.sleep(1)
+    plugins = psutil.Process(process.pid).children(recursive=True)  # in groups of their own; some outlive the engine
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    _, left = psutil.wait_procs(plugins, timeout=5)
+    assert "localcloud" not in " ".join(part for each in left for part in each.cmdline())  # those of ours end
+    for each in left:
+        each.kill()
     code, said = up(prod)
     assert code != 0 and "pulumi cancel" in said  # the lock of the one that was killed
     prod.pulumi("cancel", "--yes")

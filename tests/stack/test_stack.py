@@ -33,7 +33,7 @@ def deployed(stack: str, change: dict[str, Any] | None = None) -> Recorder:
     config = config_of(stack) | {"drydock:api_keys": {"team-a": SECRET}} | (change or {})
     if stack == "dev":
         config["drydock:network"] = {"authorized_ip_ranges": ["198.18.0.7/32"]}  # not the documentation's example
-    installed = patch("workloads.provider.shutil.which", return_value="kubelogin")
+    installed = patch("infra.kubeconfig.shutil.which", return_value="kubelogin")
     with installed, mocked(stack=stack, config=config) as seen:
         pulumi.runtime.config._SECRET_KEYS.set({"drydock:api_keys"})
         pulumi.runtime.test(lambda: (runpy.run_path(str(ROOT / "__main__.py")), None)[1])()  # type: ignore[no-untyped-call]

@@ -106,7 +106,8 @@ class Judged:
             write_json(run / "adapter" / "adapter_config.json", {})
             (run / "adapter" / "adapter_model.safetensors").touch()
 
-    def evaluate(self, run: Any, *_: Any) -> dict[str, Any]:
+    def evaluate(self, run: Any, *_: Any, context: int) -> dict[str, Any]:
+        assert context == 4096  # the serving spec's default max_model_len
         self.events.append(f"evaluate {run.spec.adapter}")
         passed = self.passed[run.spec.adapter]
         return {"passed": passed, "verdict": "PASSED: better" if passed else "FAILED: not better"}

@@ -17,7 +17,7 @@ from localcloud.azure.faults import Fault, inject, waiting
 from localcloud.azure.rules import RULES, parent_of, type_of
 from localcloud.azure.values import UNKNOWN
 from localcloud.azure.world import Record, World
-from tests.unit.azure_engine import GROUP, Engine, Refused
+from tests.stack.azure_engine import GROUP, Engine, Refused
 
 LOCATION = "swedencentral"
 IN_GROUP = {"resourceGroupName": "g", "location": LOCATION}

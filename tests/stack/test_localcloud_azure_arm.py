@@ -16,7 +16,7 @@ from infra.uploads import ImageBuildProvider, RegistryTasks
 from localcloud.azure import arm
 from localcloud.azure.faults import Fault, inject
 from localcloud.azure.rules import SUBSCRIPTION
-from tests.unit.azure_engine import Engine
+from tests.stack.azure_engine import Engine
 
 REGISTRY = {"resourceGroupName": "g", "registryName": "reg01", "location": "swedencentral", "sku": {"name": "Standard"}}
 

@@ -9,7 +9,7 @@ import pytest
 
 from localcloud.azure import rules, types
 from localcloud.azure.values import UNKNOWN, has_unknown, plain
-from tests.unit.azure_engine import GROUP, Engine
+from tests.stack.azure_engine import GROUP, Engine
 
 POOL = {
     "resourceGroupName": "g", "resourceName": "aks", "agentPoolName": "a100", "mode": "User", "count": 0,
