@@ -35,7 +35,7 @@ storage = Storage("storage", StorageArgs(place, env.retention, zones))
 if place.private:
     Endpoints("endpoints", EndpointsArgs(place, network, registry, storage))
 who = Identities("identities", IdentitiesArgs(place, cluster.oidc_issuer_url, registry, storage, eyes.workspace_id))
-images = Images("images", ImagesArgs(place, registry, ROOT, network.builds_subnet_id))
+images = Images("images", ImagesArgs(place, registry, ROOT, network.builds_subnet_id, env.serving.device))
 files = {name: ROOT / adapter.dataset for name, adapter in env.adapters.items()}
 data = Datasets("datasets", DatasetsArgs(place, storage, files))
 

@@ -21,15 +21,16 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _NEEDS_BUILDKIT = "needs BuildKit, which the registry's builder lacks"
 
 
-def context_files(root: Path, dockerfile: str) -> dict[str, Path]:
+def context_files(root: Path, dockerfile: str, arguments: Mapping[str, str] | None = None) -> dict[str, Path]:
     """The Dockerfile and every file that its COPY instructions name, by path below `root` (with /), sorted.
 
+    `arguments`: build arguments that are given, in place of the Dockerfile's defaults.
     Left out inside of folders: names that begin with a dot, `__pycache__`, `*.pyc`. Raises `SettingsError` with every
     line that cannot be built from such a context.
     """
     problems: list[str] = []
     files = {dockerfile: root / dockerfile}
-    defaults = _defaults(root / dockerfile)
+    defaults = _defaults(root / dockerfile) | dict(arguments or {})
     for line, name, text in _instructions(root / dockerfile):
         where = f"{dockerfile}:{line}"
         if name == "ADD":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pulumi
 from pulumi_azure_native import containerregistry
@@ -21,6 +22,8 @@ IMAGES = {
     "stress": "stress/Dockerfile",
 }
 
+CPU_ARGUMENTS = {"REQUIREMENTS": "requirements/serving-cpu.lock"}  # of serving/Dockerfile
+
 # A preview: learn.microsoft.com/azure/container-registry/tasks-agent-pools, read in 2026-08; public cloud only.
 _AGENT_POOL_REGIONS = (
     "canadacentral", "centralus", "eastasia", "eastus", "eastus2", "northeurope", "southcentralus", "switzerlandnorth",
@@ -30,12 +33,16 @@ _AGENT_POOL_REGIONS = (
 
 @dataclass(frozen=True)
 class ImagesArgs:
-    """`root`: this repository; `build_subnet_id`: where a private registry's build agents run, required then."""
+    """`root`: this repository; `build_subnet_id`: where a private registry's build agents run, required then.
+
+    `device`: cpu takes the CPU build of vLLM into the serving image.
+    """
 
     place: Place
     registry: Registry
     root: Path
     build_subnet_id: pulumi.Input[str] | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
 
 
 class Images(pulumi.ComponentResource):
@@ -49,10 +56,11 @@ class Images(pulumi.ComponentResource):
     def __init__(self, name: str, args: ImagesArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:infra:Images", name, None, opts)
         place = args.place
+        given = {"serving": CPU_ARGUMENTS} if args.device == "cpu" else {}
         contexts, problems = {}, []
         for image, dockerfile in IMAGES.items():
             try:
-                contexts[image] = context_hash(context_files(args.root, dockerfile))
+                contexts[image] = context_hash(context_files(args.root, dockerfile, given.get(image)))
             except SettingsError as error:
                 problems += error.problems
         if place.private and args.build_subnet_id is None:
@@ -73,7 +81,7 @@ class Images(pulumi.ComponentResource):
                     root=args.root,
                     dockerfile=IMAGES[image],
                     context=context,
-                    arguments=base_arguments(args.root / IMAGES[image], args.registry),
+                    arguments=base_arguments(args.root / IMAGES[image], args.registry) | given.get(image, {}),
                     agent_pool=agents.name if agents else None,
                     # The base image comes through a cache rule.
                     opts=pulumi.ResourceOptions(parent=self, depends_on=[args.registry]),
@@ -109,9 +117,9 @@ class Images(pulumi.ComponentResource):
         )
 
 
-def base_arguments(dockerfile: Path, registry: Registry) -> dict[str, pulumi.Output[str]]:
+def base_arguments(dockerfile: Path, registry: Registry) -> dict[str, pulumi.Input[str]]:
     """Build arguments that take the base image from the registry's own cache, by the same digest."""
-    found = {}
+    found: dict[str, pulumi.Input[str]] = {}
     for argument, image in base_images(dockerfile).items():
         for source, target in CACHE.items():
             if image.startswith((f"{source}:", f"{source}@")):

@@ -65,7 +65,7 @@ def _addresses(env: Environment) -> list[str]:
 
 def _fit(env: Environment) -> Iterator[str]:
     serving, pool = env.serving, env.pools[env.serving.pool]
-    for size in (pool.vm_size, *pool.alternatives):
+    for size in (pool.vm_size, *pool.alternatives) if serving.device == "cuda" else ():
         yield from check_serving(
             env.base.model,
             env.base.figures,

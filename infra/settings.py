@@ -147,6 +147,11 @@ class Base(Settings):
     revision: str = Field(
         pattern="^[0-9a-f]{40}$", description="Full commit of the model's repository; `main` could change any day."
     )
+    hub: str = Field(
+        "https://huggingface.co",
+        pattern="^https?://[^/?#@]+(/[^?#@]*[^/?#@])?$",
+        description="Where the model comes from: the hub, or a mirror of it that speaks its API.",
+    )
     served_name: str = Field("base", min_length=1, description="What clients put into `model` for the base itself.")
     architecture: Architecture | None = Field(
         None, description="For a model outside the catalogue: the figures of its config.json."

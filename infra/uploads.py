@@ -121,7 +121,7 @@ class ImageBuildProvider(_Provider):
     identity = ("registry", "image", "context")
 
     def create(self, props: dict[str, Any]) -> dynamic.CreateResult:
-        files = context_files(Path(props["root"]), props["dockerfile"])
+        files = context_files(Path(props["root"]), props["dockerfile"], props["arguments"])
         if context_hash(files) != props["context"]:
             raise SettingsError([f"{props['image']}: its files changed while pulumi was running; run pulumi up again"])
         tasks = RegistryTasks(props["subscription_id"], props["resource_group"], props["registry"])

@@ -14,6 +14,10 @@ from training.spec import AdapterName
 class EngineSettings(Settings):
     """What a person chooses for every replica of a pool."""
 
+    device: Literal["cuda", "cpu"] = Field(
+        "cuda", description="What vLLM runs on; cpu is for trying the whole with a tiny model."
+    )
+    cpu_kv_cache_mib: int = Field(256, ge=16, description="KV cache in MiB on device cpu.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Of weights and compute.")
     max_model_len: int = Field(4096, ge=16, description="Context: tokens of prompt and answer together.")
     max_num_seqs: int = Field(64, ge=1, description="Requests computed at once; more wait.")
@@ -34,5 +38,3 @@ class ServingSpec(EngineSettings):
     store: str = Field(min_length=1, description="Where adapters come from: oci://registry/prefix, or a folder.")
     adapters: tuple[AdapterName, ...] = Field((), description="Adapters to follow: each one's `promoted` tag.")
     max_lora_rank: int = Field(16, ge=1, le=MAX_LORA_RANK, description="Largest rank among the adapters.")
-    device: Literal["cuda", "cpu"] = Field("cuda", description="What vLLM runs on.")
-    cpu_kv_cache_mib: int = Field(256, ge=16, description="KV cache in MiB on device cpu.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import pulumi
 from pulumi_kubernetes import batch, core, meta
@@ -46,8 +47,8 @@ class MirrorArgs:
 class Mirror(pulumi.ComponentResource):
     """Job `mirror-<hash>` on the apps pool; who needs the model waits for it by `blobs fetch --wait-seconds`.
 
-    Its name follows from model, revision, image and token: a new token starts a new Job, for a gated model that the
-    old one could not read.
+    Its name follows from hub, model, revision, image and token: a new token starts a new Job, for a gated model that
+    the old one could not read.
     """
 
     address: pulumi.Output[str]
@@ -72,7 +73,7 @@ class Mirror(pulumi.ComponentResource):
             "mirror",
             args.namespace,
             labels=LABELS,
-            egress=[egress_https()],  # the hub, Entra, Blob
+            egress=[egress_https(*_own_port(base.hub))],  # the hub, Entra, Blob
             resource_name=f"{name}-network",
             opts=child,
         )
@@ -112,7 +113,14 @@ class Mirror(pulumi.ComponentResource):
 def job_name(base: Base, image: str, token: SecretStr | None) -> str:
     """`mirror-1a2b3c4d`. Of the token only 32 bits of a hash go in, from which nobody gets back to it."""
     key = hashlib.sha256(token.get_secret_value().encode()).hexdigest() if token else ""
-    return f"mirror-{inputs_hash(base.model, base.revision, digest_of(image), key, length=8)}"
+    return f"mirror-{inputs_hash(base.hub, base.model, base.revision, digest_of(image), key, length=8)}"
+
+
+def _own_port(hub: str) -> tuple[int, ...]:
+    """The port of a hub that is not asked by HTTPS on 443."""
+    address = urlsplit(hub)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    return () if port == 443 else (port,)
 
 
 def disk_gib(base: Base) -> int:
@@ -126,6 +134,7 @@ def _container(args: MirrorArgs, address: pulumi.Output[str], secret: core.v1.Se
         core.v1.EnvVarArgs(name="HOME", value="/work"),
         core.v1.EnvVarArgs(name="TMPDIR", value="/work"),
         core.v1.EnvVarArgs(name="HF_HOME", value="/work/hf"),
+        core.v1.EnvVarArgs(name="HF_ENDPOINT", value=args.base.hub),
     ]
     if secret is not None:
         source = core.v1.EnvVarSourceArgs(

@@ -28,13 +28,13 @@ def egress_dns() -> networking.v1.NetworkPolicyEgressRuleArgs:
     )
 
 
-def egress_https() -> networking.v1.NetworkPolicyEgressRuleArgs:
-    """HTTPS to anything outside the cluster but the node's metadata: Entra, Blob, registry, API server, hub.
+def egress_https(*further: int) -> networking.v1.NetworkPolicyEgressRuleArgs:
+    """HTTPS (and `further` ports) to anything outside the cluster but the node's metadata: Entra, Blob, registry, hub.
 
     All of them have changing addresses, and names in policies are a paid feature of AKS (`advanced_networking`).
     """
     return networking.v1.NetworkPolicyEgressRuleArgs(
-        to=[_addresses(EVERYWHERE, without=(METADATA, WIRE_SERVER))], ports=_ports(443)
+        to=[_addresses(EVERYWHERE, without=(METADATA, WIRE_SERVER))], ports=_ports(443, *further)
     )
 
 

@@ -170,9 +170,22 @@ def test_a_base_image_is_an_argument_or_stays_as_written(repository: Path) -> No
     assert base_images(repository / "x") == {}
 
 
-def declare(root: Path = ROOT, subnet: str | None = None, **where: Any) -> Images:
+def declare(root: Path = ROOT, subnet: str | None = None, device: Any = "cuda", **where: Any) -> Images:
     where_ = place(**where)
-    return Images("images", ImagesArgs(where_, Registry("registry", RegistryArgs(where_, "kubelet")), root, subnet))
+    registry = Registry("registry", RegistryArgs(where_, "kubelet"))
+    return Images("images", ImagesArgs(where_, registry, root, subnet, device))
+
+
+def test_without_a_gpu_the_serving_image_alone_is_another_one() -> None:
+    plain, cpu = (
+        {item.name: item.inputs for item in deploy(lambda device=device: declare(device=device)).of(":ImageBuild")}
+        for device in ("cuda", "cpu")
+    )
+    assert {name for name in plain if plain[name]["context"] != cpu[name]["context"]} == {"images-serving"}
+    assert cpu["images-serving"]["arguments"]["REQUIREMENTS"] == "requirements/serving-cpu.lock"
+    files = context_files(ROOT, IMAGES["serving"], cpu["images-serving"]["arguments"])
+    assert "requirements/serving-cpu.lock" in files and "requirements/serving-gpu.lock" not in files
+    assert context_hash(files) == cpu["images-serving"]["context"]
 
 
 def test_every_image_is_built_from_its_context_and_referred_to_by_digest() -> None:

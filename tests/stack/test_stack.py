@@ -161,6 +161,18 @@ def test_a_setting_that_cannot_work_stops_the_program_with_its_remedy() -> None:
         deployed("dev", {"drydock:serving": serving})
 
 
+def test_without_gpus_vllm_runs_on_cpu_and_no_gpu_memory_is_counted() -> None:
+    serving = config_of("dev")["drydock:serving"] | {"device": "cpu", "max_model_len": 131072}
+    seen = deployed("dev", {"drydock:serving": serving})
+    specs_of_vllm = [
+        json.loads(text)
+        for item in seen.of(":ConfigMap")
+        for name, text in item.inputs["data"].items()
+        if name in ("serving.json", "evaluate.json")
+    ]
+    assert [spec["device"] for spec in specs_of_vllm] == ["cpu", "cpu"]
+
+
 def test_the_program_is_short_and_quick() -> None:
     assert len((ROOT / "__main__.py").read_text().splitlines()) <= 60
     started = time.monotonic()

@@ -25,10 +25,10 @@ BASE = Base(model=MODEL, revision=REVISION)
 addresses: list[str] = []
 
 
-def mirrored(token: str | None = None) -> Recorder:
+def mirrored(token: str | None = None, base: Base = BASE) -> Recorder:
     def program() -> None:
         args = MirrorArgs(
-            base=BASE,
+            base=base,
             image=IMAGE,
             account="drydockst",
             namespace="drydock-tuning",
@@ -75,7 +75,8 @@ def test_what_it_writes_to_is_a_volume_with_room_for_a_file():
     spec = job(mirrored())["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     environment = {item["name"]: item.get("value") for item in container["env"]}
-    assert environment == {"HOME": "/work", "TMPDIR": "/work", "HF_HOME": "/work/hf"}
+    hub = {"HF_ENDPOINT": "https://huggingface.co"}
+    assert environment == {"HOME": "/work", "TMPDIR": "/work", "HF_HOME": "/work/hf"} | hub
     assert container["volumeMounts"] == [{"name": "work", "mountPath": "/work"}]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["resources"]["requests"]["ephemeral-storage"] == "17Gi"  # 8.03e9 parameters of two bytes, and 2
@@ -128,6 +129,33 @@ def test_only_https_goes_out():
     assert spec["podSelector"]["matchLabels"].items() <= labels.items()
     assert spec["ingress"] == []
     assert [int(port["port"]) for rule in spec["egress"] for port in rule["ports"]] == [443]
+
+
+@pytest.mark.parametrize(
+    ("hub", "ports"),
+    [
+        ("https://hub.example", [443]),
+        ("https://hub.example:443/hf", [443]),
+        ("https://hub.example:8443", [443, 8443]),
+        ("http://10.64.3.1", [443, 80]),
+    ],
+)
+def test_a_mirror_of_the_hub_is_asked_and_reached(hub: str, ports: list[int]):
+    base = BASE.model_copy(update={"hub": hub})
+    seen = mirrored(base=base)
+    (container,) = job(seen)["spec"]["template"]["spec"]["containers"]
+    assert {"name": "HF_ENDPOINT", "value": hub} in container["env"]
+    spec = seen.one(":NetworkPolicy").inputs["spec"]
+    assert [int(port["port"]) for rule in spec["egress"] for port in rule["ports"]] == ports
+    assert job_name(base, IMAGE, None) != job_name(BASE, IMAGE, None)
+
+
+@pytest.mark.parametrize(
+    "hub", ["hub.example", "ftp://hub.example", "https://hub.example/", "https://me:pw@hub.example"]
+)
+def test_what_is_no_address_of_a_hub_is_refused(hub: str):
+    with pytest.raises(ValueError, match="hub"):
+        Base(model=MODEL, revision=REVISION, hub=hub)
 
 
 def test_hashes_tell_inputs_apart_and_images_are_named_by_digest():
