@@ -166,6 +166,21 @@ def test_an_adapter_lives_in_both_kinds(place: Place, adapter: Path, tmp_path: P
 
 
 @needs_registry
+def test_a_stand_in_on_loopback_is_asked_in_place_of_the_registry_that_is_named(
+    registry: Place, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, _, prefix = registry.url.removeprefix("oci://").partition("/")
+    monkeypatch.setenv("DRYDOCK_REGISTRY_ENDPOINT", f"http://{host}")
+    named = open_store(f"oci://drydock.azurecr.io/{prefix}/standin")
+    digest = publish_adapter(named, "kubectl", adapter, _card())
+    assert named.url == f"oci://drydock.azurecr.io/{prefix}/standin"
+    monkeypatch.delenv("DRYDOCK_REGISTRY_ENDPOINT")
+    assert open_store(f"{registry.url}/standin").resolve("adapters/kubectl", digest) == digest
+    monkeypatch.setenv("DRYDOCK_REGISTRY_ENDPOINT", "https://elsewhere.example")
+    with pytest.raises(ValueError, match="expected http:.*PORT"):
+        open_store("oci://drydock.azurecr.io/adapters")
+
+
 def test_both_kinds_agree_to_the_byte(registry: Place, adapter: Path, tmp_path: Path) -> None:
     stores = [open_store(registry.url + "/same"), open_store(tmp_path / "store")]
     first, second = (publish_adapter(store, "kubectl", adapter, _card()) for store in stores)
