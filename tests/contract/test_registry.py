@@ -177,7 +177,7 @@ def test_a_stand_in_on_loopback_is_asked_in_place_of_the_registry_that_is_named(
     monkeypatch.delenv("DRYDOCK_REGISTRY_ENDPOINT")
     assert open_store(f"{registry.url}/standin").resolve("adapters/kubectl", digest) == digest
     monkeypatch.setenv("DRYDOCK_REGISTRY_ENDPOINT", "https://elsewhere.example")
-    with pytest.raises(ValueError, match="expected http:.*PORT"):
+    with pytest.raises(ValueError, match=r"expected http:.*PORT"):
         open_store("oci://drydock.azurecr.io/adapters")
 
 
