@@ -73,7 +73,9 @@ azurite: setup  ## the Blob emulator of the contract tests (needs npm); 3.35.0 i
 	  npm install --prefix $(VENV)/azurite --no-save --no-audit --no-fund --ignore-scripts --loglevel error azurite@3.35.0
 
 STACK ?= dev
-PULUMI = @command -v pulumi >/dev/null || { echo "the Pulumi CLI is needed: https://www.pulumi.com/docs/install/"; exit 1; }; pulumi
+# A misspelt CLOUD=local must not ask Azure.
+PULUMI = @test -z "$(CLOUD)" || { echo "CLOUD=$(CLOUD): only local is known; without CLOUD, Azure is meant"; exit 2; }; \
+	command -v pulumi >/dev/null || { echo "the Pulumi CLI is needed: https://www.pulumi.com/docs/install/"; exit 1; }; pulumi
 
 # CLOUD=local: on this machine, with the real engine and API server and no account at Azure (localcloud/).
 LOCALLY = $(BIN)/python -m localcloud $@ --stack $(STACK) --folder $(OUT)/localcloud
@@ -118,4 +120,4 @@ images:  ## build the images as drydock/NAME by docker, podman or buildah (IMAGE
 	for image in $(IMAGES); do $(BUILDER) build $(BUILD_ARGS) -f $$(ls $$image/Dockerfile */$$image.Dockerfile 2>/dev/null) -t drydock/$$image . || exit 1; done
 
 clean:  ## remove what was installed and written
-	rm -rf $(VENV) .engine out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-pulumi .engine out .pytest_cache .mypy_cache .ruff_cache

@@ -104,7 +104,9 @@ def explain(
             message, value = item["msg"].removeprefix("Value error, ").removeprefix("Input "), item["input"]
             if item["type"] != "value_error":  # pydantic's own words; ours may begin with a name
                 message = message[0].lower() + message[1:]
-            if item["type"] == "value_error" and isinstance(value, str) and value in message:
+            # Of a mapping as a whole, our own words name what is wrong in it.
+            shown = isinstance(value, dict) or (isinstance(value, str) and value in message)
+            if item["type"] == "value_error" and shown:
                 text = f"{name}: {message}"
             else:
                 text = f"{name}: {message}, found {'a secret' if place and place[0] in hidden else _shown(value)}"

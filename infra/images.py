@@ -52,6 +52,8 @@ class Images(pulumi.ComponentResource):
     serving: pulumi.Output[str]
     router: pulumi.Output[str]
     stress: pulumi.Output[str]
+    contexts: dict[str, str]
+    """The hash of each image's context, by name: what its digest follows from, known before it is built."""
 
     def __init__(self, name: str, args: ImagesArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:infra:Images", name, None, opts)
@@ -67,6 +69,7 @@ class Images(pulumi.ComponentResource):
             problems.append("images: the builder of a private registry must run inside of the network: give its subnet")
         if problems:
             raise SettingsError(problems)
+        self.contexts = contexts
         agents = self._agents(name, args) if place.private else None
         references = {
             image: pulumi.Output.concat(

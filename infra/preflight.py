@@ -11,7 +11,7 @@ import pulumi
 from common.settings import SettingsError
 from infra.fit import check_serving, check_tuning
 from infra.network import subnets
-from infra.settings import ROOT, Environment, load_environment
+from infra.settings import ROOT, Environment, load_environment, located
 from training.dataset import Checked, Limits, Problem, read
 
 SHOWN_PROBLEMS = 20  # of one dataset: enough to see the pattern
@@ -22,7 +22,7 @@ def load(project: str, stack: str, root: Path = ROOT) -> Environment:
     """The running program's settings, checked as far as this machine can; `pulumi.RunError` with every problem."""
     try:
         env = load_environment(project, stack, root)
-        found = problems(env, root)
+        found = located(problems(env, root), project=project, file=root / f"Pulumi.{stack}.yaml")
     except SettingsError as error:
         found = error.problems
     for text in example_addresses(env) if not found else ():
@@ -42,7 +42,7 @@ def load(project: str, stack: str, root: Path = ROOT) -> Environment:
 
 
 def problems(env: Environment, root: Path) -> list[str]:
-    """Everything that would fail later, as lines ready to print; datasets are searched below `root`."""
+    """Everything that would fail later, each with its setting first; datasets are searched below `root`."""
     return [*_addresses(env), *_fit(env), *_datasets(env, root)]
 
 
@@ -66,7 +66,7 @@ def _addresses(env: Environment) -> list[str]:
 def _fit(env: Environment) -> Iterator[str]:
     serving, pool = env.serving, env.pools[env.serving.pool]
     for size in (pool.vm_size, *pool.alternatives) if serving.device == "cuda" else ():
-        yield from check_serving(
+        found = check_serving(
             env.base.model,
             env.base.figures,
             size,
@@ -77,10 +77,11 @@ def _fit(env: Environment) -> Iterator[str]:
             dtype=serving.dtype,
             gpu_memory_utilization=serving.gpu_memory_utilization,
         )
+        yield from (f"serving.max_model_len: {line}" for line in found)
     pool = env.pools[env.tuning.pool]
     for name, adapter in env.adapters.items():
         for size in (pool.vm_size, *pool.alternatives):
-            yield from check_tuning(
+            found = check_tuning(
                 name,
                 env.base.figures,
                 size,
@@ -89,6 +90,7 @@ def _fit(env: Environment) -> Iterator[str]:
                 lora_r=adapter.lora_r,
                 target_modules=adapter.lora_target_modules,
             )
+            yield from (f"adapters.{name}: {line}" for line in found)
 
 
 def _datasets(env: Environment, root: Path) -> Iterator[str]:

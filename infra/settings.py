@@ -270,10 +270,7 @@ def read_environment(
     """
     path, lines = None, None
     if file is not None and file.is_file():
-        path = Path(file.name)
-        lines = {
-            _unprefixed(place[1:], project): line for place, line in key_lines(file).items() if place[0] == "config"
-        }
+        path, lines = Path(file.name), _lines(file, project)
     parsed = {key: _parsed(value) for key, value in values.items()}
     for key in SECRETS:
         if not parsed.get(key):  # Pulumi.yaml's empty default
@@ -283,16 +280,35 @@ def read_environment(
         for key, argument in SECRETS.items()
         if key in parsed and key not in set(secret)
     ]
+    wrong = []
     try:
         environment = Environment.model_validate(parsed)
+        problems += inconsistencies(environment)
     except ValidationError as error:
-        raise SettingsError(
-            problems + explain(error, Environment, path=path, lines=lines, hidden=tuple(SECRETS))
-        ) from None
-    problems += inconsistencies(environment)
-    if problems:
-        raise SettingsError([f"{path}: {problem}" if path else problem for problem in problems])
+        wrong = explain(error, Environment, path=path, lines=lines, hidden=tuple(SECRETS))
+    if file is not None:
+        problems = located(problems, project=project, file=file)
+    if problems or wrong:
+        raise SettingsError(problems + wrong)
     return environment
+
+
+def located(problems: Iterable[str], *, project: str, file: Path) -> list[str]:
+    """Each problem, which begins with its setting (`serving.pool: ...`), after `file` and the line of that setting.
+
+    Where the file does not have the setting, the line is that of what the setting would be in, if that is there.
+    """
+    lines, told = _lines(file, project) if file.is_file() else {}, []
+    for problem in problems:
+        place = tuple(problem.partition(":")[0].split("."))
+        line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+        told.append(f"{file.name}:{line}: {problem}" if line else f"{file.name}: {problem}")
+    return told
+
+
+def _lines(file: Path, project: str) -> dict[tuple[str, ...], int]:
+    """The lines of a stack's settings, by their place without `config` and the project's name."""
+    return {_unprefixed(place[1:], project): line for place, line in key_lines(file).items() if place[0] == "config"}
 
 
 def inconsistencies(env: Environment) -> list[str]:

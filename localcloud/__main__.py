@@ -2,6 +2,7 @@
 
     python -m localcloud preview --stack dev     what `pulumi up` would change (make preview STACK=dev CLOUD=local)
     python -m localcloud up --stack dev          bring it up: real engine, real API server, simulated Azure and kubelets
+    python -m localcloud outputs --stack dev     what it tells other stacks
     python -m localcloud destroy --stack dev     remove it
     python -m localcloud serve                   keep the control plane up to look around with kubectl, until Ctrl-C
 
@@ -11,14 +12,17 @@ What follows `--` goes to pulumi: `python -m localcloud preview --stack dev -- -
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 
 from common import exits
 from common.settings import SettingsError
 from localcloud.cli import PulumiFailed
-from localcloud.cloud import LocalCloud
+from localcloud.cloud import LocalCloud, known_to
 from localcloud.control_plane import ControlPlaneError
 from localcloud.tools import ROOT
 
@@ -43,24 +47,42 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "localcloud", help="default: out/localcloud")
     options = parser.parse_args(ours)
     try:
+        if options.command != "serve":
+            known_to(ROOT, options.stack)  # before anything is started
         with LocalCloud(options.folder) as cloud:
             if options.command == "serve":
                 return _serve(cloud)
             stack = cloud.stack(options.stack)
-            return int(stack.pulumi(*COMMANDS[options.command], *theirs, check=False, capture=False).returncode)
+            if stack.unlock():
+                print(
+                    f"an earlier run on {options.stack} was killed: its lock is taken away; if something that it was "
+                    f"creating `already exists`, remove {cloud.folder} and begin anew",
+                    flush=True,
+                )
+            return stack.show(*COMMANDS[options.command], *theirs)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return exits.INPUT
-    except (ControlPlaneError, PulumiFailed, TimeoutError) as error:
+    except (ControlPlaneError, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
         print(error, file=sys.stderr)
         return exits.FAILED
+    except KeyboardInterrupt:
+        print("interrupted: nothing is left running; what is there stays", file=sys.stderr)
+        return exits.INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _serve(cloud: LocalCloud) -> int:
     print(f"kubectl --kubeconfig {cloud.folder / 'kubeconfig'} get pods -A    (Ctrl-C ends it)", flush=True)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
     return exits.OK
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a script may have left it ignored
+        signal.signal(number, _interrupt)
     sys.exit(main(sys.argv[1:]))

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common.processes import die_with_parent
 from localcloud.tools import ROOT, Tools
 
 PASSPHRASE = "drydock-local"  # of a state that holds secrets of this machine alone
 # What would lead a provider, or our own code, to a real account.
 FOREIGN = ("ARM_", "AZURE_", "PULUMI_", "DRYDOCK_", "KUBE")
+HANDED_ON = (signal.SIGTERM, signal.SIGHUP)
+# Where we are killed outright, so is the engine: its cluster is gone, and the next run takes its lock away.
+_at_our_death = partial(die_with_parent, signal.SIGKILL)
 
 
 class PulumiFailed(Exception):
@@ -33,18 +39,40 @@ class Cli:
     environment: Mapping[str, str]
 
     def run(
-        self, *arguments: str, cwd: Path, check: bool = True, timeout: float = 600, capture: bool = True
+        self, *arguments: str, cwd: Path, check: bool = True, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
-        """Run `pulumi ARGUMENTS` in `cwd`; stdout and stderr are kept apart, or shown where `capture` is false."""
+        """Run `pulumi ARGUMENTS` in `cwd`; stdout and stderr are kept apart."""
         done = subprocess.run(
             self.command(*arguments), cwd=cwd, env=dict(self.environment), text=True, timeout=timeout,
-            capture_output=capture, stdin=subprocess.DEVNULL if capture else None,
+            capture_output=True, stdin=subprocess.DEVNULL, preexec_fn=_at_our_death,
         )  # fmt: skip
         if check and done.returncode:
             raise PulumiFailed(
                 f"pulumi {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
             )
         return done
+
+    def show(self, *arguments: str, cwd: Path) -> int:
+        """Run `pulumi ARGUMENTS` before a person's eyes, for as long as it takes, and return its exit code.
+
+        Ctrl-C reaches `pulumi` too, which ends what it has begun and writes its state: we wait for it. SIGTERM and
+        SIGHUP, which reach us alone, are handed on as the same.
+        """
+        process: subprocess.Popen[bytes] | None = None
+
+        def interrupted(number: int, frame: object) -> None:
+            if number != signal.SIGINT and process is not None:
+                process.send_signal(signal.SIGINT)
+
+        before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, *HANDED_ON)}
+        try:
+            process = subprocess.Popen(
+                self.command(*arguments), cwd=cwd, env=dict(self.environment), preexec_fn=_at_our_death
+            )
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def command(self, *arguments: str) -> list[str]:
         return [str(self.folder / "bin" / "pulumi"), *arguments]
@@ -71,7 +99,7 @@ def prepare(folder: Path, tools: Tools, more: Mapping[str, str], path: Iterable[
     kubernetes.unlink(missing_ok=True)
     kubernetes.symlink_to(tools.kubernetes_provider)
     environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)},
+        **{key: value for key, value in os.environ.items() if not _foreign(key)},
         "PATH": os.pathsep.join([*(str(each) for each in (wrappers, *path)), os.environ["PATH"]]),
         "PULUMI_HOME": str(home),
         "PULUMI_BACKEND_URL": f"file://{state}",
@@ -82,6 +110,11 @@ def prepare(folder: Path, tools: Tools, more: Mapping[str, str], path: Iterable[
         **more,
     }
     return Cli(folder, tools, environment)
+
+
+def _foreign(variable: str) -> bool:
+    """Proxies too: all servers are on loopback, and gRPC would ask a proxy for them."""
+    return variable.startswith(FOREIGN) or variable.lower().endswith("_proxy")
 
 
 def _same_file(source: Path, target: Path) -> None:

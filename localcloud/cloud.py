@@ -98,11 +98,19 @@ class LocalCloud:
         return Stack(self, name, source)
 
 
+def known_to(source: Path, stack: str) -> None:
+    """Raise `SettingsError` unless `source` has settings of `stack`: no folder is written, or cleared, for others."""
+    known = sorted(path.name.removeprefix("Pulumi.").removesuffix(".yaml") for path in source.glob("Pulumi.*.yaml"))
+    if stack not in known:
+        raise SettingsError([f"Pulumi.{stack}.yaml: no such file; stacks with settings: {', '.join(known) or 'none'}"])
+
+
 class Stack:
     """One stack of a local cloud. Its copy of the program lies in `self.folder` and may be edited."""
 
     def __init__(self, cloud: LocalCloud, name: str, source: Path) -> None:
         self.cloud, self.name, self.source = cloud, name, source
+        known_to(source, name)
         self.folder = cloud.folder / "programs" / name
         self.copy()
 
@@ -110,17 +118,25 @@ class Stack:
         """Bring the copy up to date with `source`; settings and secrets of this machine are put in again."""
         program.copy(self.source, self.folder)
         settings = self.folder / f"Pulumi.{self.name}.yaml"
-        if not settings.is_file():
-            known = ", ".join(sorted(path.name for path in self.source.glob("Pulumi.*.yaml")))
-            raise SettingsError([f"{settings.name}: no such settings; there are {known}"])
-        text = program.for_here(settings.read_text())
+        text = program.for_here((self.source / settings.name).read_text())  # git may be told to ignore it
         salt = self.cloud.folder / f"{self.name}.salt"  # of the passphrase; Pulumi keeps it there
         settings.write_text(text + (salt.read_text() if salt.exists() else ""))
         if self.name not in [item["name"] for item in self.cloud.cli.json("stack", "ls", cwd=self.folder)]:
             self.pulumi("stack", "init", self.name, "--no-select", stack=False)
-            salted = [line for line in settings.read_text().splitlines() if line.startswith("encryptionsalt:")]
-            salt.write_text("".join(f"{line}\n" for line in salted))
         self.pulumi("config", "set", "--secret", "--path", "drydock:api_keys.local", self._key())
+        salted = [line for line in settings.read_text().splitlines() if line.startswith("encryptionsalt:")]
+        salt.write_text("".join(f"{line}\n" for line in salted))
+
+    def unlock(self) -> bool:
+        """Take away the lock of an earlier run that was killed, and say whether there was one.
+
+        Whoever has entered the cloud is alone in its folder, and no engine outlives its `localcloud`.
+        """
+        held = self.cloud.folder.glob(f"state/.pulumi/locks/**/{self.name}/*.json")
+        if not any(held):
+            return False
+        self.pulumi("cancel", "--yes")
+        return True
 
     def _key(self) -> str:
         """The API key of this stack, the same for as long as the cloud's folder lasts: a new one would be a change."""
@@ -130,10 +146,14 @@ class Stack:
             path.write_text(secrets.token_hex(32))
         return path.read_text()
 
-    def pulumi(self, *arguments: str, stack: bool = True, check: bool = True, capture: bool = True) -> Any:
+    def pulumi(self, *arguments: str, stack: bool = True, check: bool = True) -> Any:
         """`pulumi ARGUMENTS` on this stack: a `CompletedProcess` of text."""
         chosen = ("--stack", self.name) if stack else ()
-        return self.cloud.cli.run(*arguments, *chosen, cwd=self.folder, check=check, capture=capture)
+        return self.cloud.cli.run(*arguments, *chosen, cwd=self.folder, check=check)
+
+    def show(self, *arguments: str) -> int:
+        """`pulumi ARGUMENTS` on this stack before a person's eyes: its exit code."""
+        return self.cloud.cli.show(*arguments, "--stack", self.name, cwd=self.folder)
 
     def outputs(self) -> dict[str, Any]:
         return dict(json.loads(self.pulumi("stack", "output", "--json").stdout))

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from importlib.metadata import version
 from typing import IO, Any
 
 import grpc
@@ -38,13 +39,16 @@ class LanguageHost(LanguageServer):
         return language_pb2.LanguageHandshakeResponse()
 
     def GetPluginInfo(self, request: Any, context: Any) -> Any:
-        return plugin_pb2.PluginInfo(version="3.272.0")
+        return plugin_pb2.PluginInfo(version=version("pulumi"))
 
     def Run(self, request: Any, context: Any) -> Any:
         self._folder = request.info.program_directory or request.pwd
         os.chdir(request.pwd)
         request.args[:] = [self._engine]
-        return super().Run(request, context)  # type: ignore[no-untyped-call]
+        answer = super().Run(request, context)  # type: ignore[no-untyped-call]
+        if answer.error:  # it is logged already, as a released host does: the engine would tell it a second time
+            answer.error, answer.bail = "", True
+        return answer
 
     def RunPlugin(self, request: Any, context: Any) -> Iterator[Any]:
         """Policy packs are plugins of kind `analyzer`; what they print is handed on line by line."""

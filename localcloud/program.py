@@ -10,18 +10,20 @@ from pathlib import Path
 from common.settings import SettingsError
 
 OURS = "198.18.0.7/32"  # RFC 2544, for tests of networks: no address of the documentation, and nobody's
+BLANK = "#"  # `pulumi config set` writes the file anew and keeps comments where they are, but no empty lines
 EXAMPLES = re.compile(r"\b(192\.0\.2|198\.51\.100|203\.0\.113)\.\d+/\d+")  # RFC 5737
 
 
 def copy(source: Path, target: Path) -> None:
     """Make `target` hold what git knows below `source`, new files included; what is the same is left alone.
 
-    Raises `SettingsError` where `source` is no git checkout.
+    Raises `SettingsError` where `source` is no git checkout, or git is absent.
     """
-    listed = subprocess.run(
-        ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-    )
+    command = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True)
+    except FileNotFoundError:
+        raise SettingsError(["git is not on the PATH: the program is copied as git lists it; install git"]) from None
     if listed.returncode:
         said = listed.stderr.decode().strip()
         raise SettingsError([f"{source}: the program is copied as git lists it, but git says: {said}"])
@@ -44,7 +46,7 @@ def for_here(text: str) -> str:
     lines = text.splitlines()
     for at, line in enumerate(lines):
         if re.match(r"(encryptionsalt|encryptedkey|secretsprovider):", line):
-            lines[at] = ""
+            lines[at] = BLANK
         elif re.match(r"\s+secure:", line):
             _blank(lines, at)
     return "\n".join(EXAMPLES.sub(OURS, line) for line in lines) + "\n"
@@ -53,11 +55,15 @@ def for_here(text: str) -> str:
 def _blank(lines: list[str], at: int) -> None:
     """Blank a line and then the key above it, where nothing else stands under that."""
     depth = _indentation(lines[at])
-    lines[at] = ""
-    above = next((n for n in range(at - 1, -1, -1) if lines[n].strip()), None)
-    below = next((line for line in lines[at + 1 :] if line.strip()), "")
+    lines[at] = BLANK
+    above = next((n for n in range(at - 1, -1, -1) if _says_something(lines[n])), None)
+    below = next((line for line in lines[at + 1 :] if _says_something(line)), "")
     if above is not None and _indentation(lines[above]) < depth > _indentation(below):
         _blank(lines, above)
+
+
+def _says_something(line: str) -> bool:
+    return line.strip() not in ("", BLANK)
 
 
 def _indentation(line: str) -> int:

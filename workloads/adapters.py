@@ -47,6 +47,7 @@ class Adapters(pulumi.ComponentResource):
                     base_address=args.base_address,
                     dataset_address=args.datasets.blobs[adapter],
                     dataset_digest=args.datasets.digests[adapter],
+                    training_code=args.images.contexts["training"],
                     training_image=args.images.training,
                     serving_image=args.images.serving,
                     store=args.store,

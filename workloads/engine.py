@@ -88,6 +88,8 @@ def rollout(settings: Serving, pool: GpuPool, other_gpus: int) -> apps.v1.Rollin
 
     `other_gpus` are those that pods of others (tuning Jobs) may hold in this pool. A surge that waits for a GPU which
     never comes would be a rollout that never ends.
+    One after the other, the new pod exists as soon as the old one begins to leave: meanwhile it may preempt a tuning
+    pod of the pool, which resumes from its checkpoint (seen with the real scheduler).
     """
     spare = pool.max_nodes * pool.sku.gpus - settings.max_replicas - other_gpus
     if spare > 0:

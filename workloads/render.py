@@ -140,7 +140,7 @@ def _hidden(value: Any) -> Any:
 def stack_config(root: Path, stack: str) -> tuple[str, dict[str, Any], list[str]]:
     """Project name, configuration of `stack` as Pulumi would hand it over, and the keys left out because encrypted.
 
-    Raises `SettingsError` for a stack without a file, with those that have one.
+    Raises `SettingsError` for a stack without a file, with those that have one, and for a file that is no YAML.
     """
     file = root / f"Pulumi.{stack}.yaml"
     if not file.is_file():
@@ -148,7 +148,11 @@ def stack_config(root: Path, stack: str) -> tuple[str, dict[str, Any], list[str]
         raise SettingsError([f"{file.name}: no such file; stacks with settings: {', '.join(known) or 'none'}"])
     project = yaml.safe_load((root / "Pulumi.yaml").read_text(encoding="utf-8"))
     name = str(project["name"])
-    given = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("config") or {}
+    try:
+        given = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("config") or {}
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SettingsError([f"{file.name}{line}: not YAML: {error.problem}"]) from None
     defaults = {
         key if ":" in key else f"{name}:{key}": schema["default"]
         for key, schema in (project.get("config") or {}).items()

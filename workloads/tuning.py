@@ -10,7 +10,7 @@ from pulumi_kubernetes import batch, core, meta
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings, TuningSpec
-from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, digest_of, failure_policy, inputs_hash
+from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, failure_policy, inputs_hash
 from workloads.metrics import scraped
 from workloads.mirror import BASE_WAIT_SECONDS
 from workloads.placement import gpu_node_selector, gpu_share, gpu_tolerations
@@ -34,6 +34,7 @@ SPECS = "/etc/drydock"
 
 NAME_LIMIT = 52  # a pod's name adds six characters, and five more are left for the index of a Job of several pods
 HASH_LENGTH = 10
+EVALUATION_IMAGE = "spec.template.spec.containers[0].image"
 
 GRACE_SECONDS = 120  # for the running step, a checkpoint, and its copy in Blob
 
@@ -69,6 +70,7 @@ class TuningJobArgs:
     base_address: pulumi.Input[str]  # az://ACCOUNT/models/OWNER/NAME/REVISION
     dataset_address: pulumi.Input[str]  # az://ACCOUNT/datasets/SHA256.jsonl
     dataset_digest: str  # hex SHA-256
+    training_code: str  # hash of the training image's context: known in a preview, where the image's digest is not
     training_image: pulumi.Input[str]
     serving_image: pulumi.Input[str]
     store: pulumi.Input[str]  # oci://REGISTRY/adapters
@@ -80,12 +82,12 @@ class TuningJobArgs:
 class TuningJob(pulumi.ComponentResource):
     """Job `tune-<adapter>-<hash>` with its settings and network policy. `pulumi up` starts it and does not wait.
 
-    Inputs that decide the result are in its name: changed ones make another Job, and the one before is deleted, running
-    or not, since nobody wants its result any more (what it published stays published). Other changes of its pod, such
-    as the pool or the node's size, make the Job anew under its name: its new pod goes on from the checkpoints of that
-    name. Retries and deadline change in place. A finished Job stays, as the record of its verdict: no TTL, which would
-    delete behind Pulumi's back what Pulumi then makes again. The deadline counts from the Job's start, the wait for a
-    GPU included. To run a failed one again: `pulumi up --target-replace URN`.
+    Inputs that decide the adapter are in its name: changed ones make another Job, and the one before is deleted,
+    running or not, since nobody wants its result any more (what it published stays published). Other changes of its
+    pod, such as the pool or the node's size, make the Job anew under its name: its new pod goes on from the checkpoints
+    of that name. Retries and deadline change in place. A finished Job stays, as the record of its verdict: no TTL,
+    which would delete behind Pulumi's back what Pulumi then makes again. The deadline counts from the Job's start, the
+    wait for a GPU included. To run a failed one again: `pulumi up --target-replace URN`.
     """
 
     job_name: pulumi.Output[str]
@@ -98,9 +100,7 @@ class TuningJob(pulumi.ComponentResource):
         evaluation = pulumi.Output.from_input(args.store).apply(
             lambda store: evaluation_spec(spec, args.base, args.serving, store=store).model_dump_json(indent=2)
         )
-        title = pulumi.Output.all(args.training_image, args.serving_image).apply(
-            lambda images: job_name(spec, dataset_digest=args.dataset_digest, base=args.base, images=images)
-        )
+        title = job_name(spec, dataset_digest=args.dataset_digest, base=args.base, code=args.training_code)
         specs = core.v1.ConfigMap(
             f"{name}-specs",
             metadata=meta.v1.ObjectMetaArgs(
@@ -120,7 +120,7 @@ class TuningJob(pulumi.ComponentResource):
             opts=child,
         )
         job = batch.v1.Job(
-            f"{name}-job",
+            title,
             metadata=meta.v1.ObjectMetaArgs(
                 name=title, namespace=args.namespace, labels=labels, annotations=ANNOTATIONS
             ),
@@ -143,7 +143,11 @@ class TuningJob(pulumi.ComponentResource):
                     spec=_pod(args, title, specs.metadata.name),
                 ),
             ),
-            opts=pulumi.ResourceOptions(parent=self, replace_on_changes=REPLACE_ON_CHANGES),
+            # New serving code must not tune again: a Job keeps the image with which it is to evaluate. Its resource has
+            # the Job's name, or the Job that comes after it would keep that image too.
+            opts=pulumi.ResourceOptions(
+                parent=self, replace_on_changes=REPLACE_ON_CHANGES, ignore_changes=[EVALUATION_IMAGE]
+            ),
         )
         self.job_name = job.metadata.name
         self.register_outputs({"job_name": self.job_name})
@@ -168,13 +172,12 @@ def evaluation_spec(spec: TuningSpec, base: Base, serving: EngineSettings, *, st
     )
 
 
-def job_name(spec: TuningSpec, *, dataset_digest: str, base: Base, images: list[str]) -> str:
+def job_name(spec: TuningSpec, *, dataset_digest: str, base: Base, code: str) -> str:
     """`tune-my-adapter-1a2b3c4d5e`: the same name for the same result. Where it runs and how often is not in it.
 
-    `images` are references by digest, of which the digests count.
+    `code` stands for the training code and its libraries.
     """
-    digests = [digest_of(image) for image in images]
-    inputs = (spec.model_dump_json(), dataset_digest, base.model, base.revision, *digests)
+    inputs = (spec.model_dump_json(), dataset_digest, base.model, base.revision, code)
     return _named(spec.adapter, inputs_hash(*inputs, length=HASH_LENGTH))
 
 
@@ -191,7 +194,7 @@ def _base_folder(base: Base) -> str:
     return f"/work/models/{base.folder}"
 
 
-def _pod(args: TuningJobArgs, title: pulumi.Output[str], specs: pulumi.Input[str]) -> core.v1.PodSpecArgs:
+def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.PodSpecArgs:
     return core.v1.PodSpecArgs(
         restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
         service_account_name=args.service_account,

@@ -1,6 +1,7 @@
 """Azure Resource Manager as far as `infra.uploads` asks it: the runs by which a registry builds images.
 
-Nothing is built. A context is taken as `az acr build` sends it, checked, and its image's digest follows from its bytes.
+A context is taken as `az acr build` sends it, and checked. A builder, where there is one, makes its image; without
+one nothing is built, and the image's digest follows from the context's bytes.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import secrets
 import tarfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from localcloud.azure import faults
@@ -31,14 +33,33 @@ _REGISTRY = re.compile(
 )
 
 
+class ImageBuilder(Protocol):
+    """`localcloud.builder.Builder`."""
+
+    def build(
+        self, context: bytes, dockerfile: str, arguments: Mapping[str, str], images: Sequence[str], log: Path
+    ) -> str:
+        """The digest of what became of a context; what is said goes to `log` meanwhile. Raises when it fails."""
+        ...
+
+
 @dataclass
 class _Run:
-    """One build: `failure` is why it fails, if it does; `ends` is in seconds of `time.monotonic`."""
+    """One build: `failure` is why it fails, if it does; `ends` is in seconds of `time.monotonic`.
+
+    Its log is `log`, then what a builder writes into `file`.
+    """
 
     ends: float
     images: list[dict[str, str]]
     log: list[str]
     failure: str = ""
+    file: Path | None = None
+
+    def text(self) -> str:
+        said = self.file.read_text(errors="replace").splitlines() if self.file and self.file.exists() else []
+        ending = [self.failure] if self.file and self.failure else []
+        return "\n".join([*self.log, *said, *ending])
 
     def properties(self, run: str) -> dict[str, Any]:
         if time.monotonic() < self.ends:
@@ -59,9 +80,9 @@ class ArmServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, world: Path, build_seconds: float) -> None:
+    def __init__(self, folder: Path, world: Path, build_seconds: float, builder: ImageBuilder | None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.world, self.build_seconds = folder, World(world), build_seconds
+        self.folder, self.world, self.build_seconds, self.builder = folder, World(world), build_seconds, builder
         self.builds = _Builds()
         self.signature = f"sig={secrets.token_hex(16)}"
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -74,12 +95,13 @@ class ArmServer(ThreadingHTTPServer):
         self.server_close()
 
 
-def serve(folder: Path, world: Path, build_seconds: float = 0.0) -> ArmServer:
+def serve(folder: Path, world: Path, build_seconds: float = 0.0, builder: ImageBuilder | None = None) -> ArmServer:
     """Answer for the registries of `world`, with the faults of the local cloud in `folder`.
 
-    A run takes `build_seconds`; with none it is over at once.
+    With a `builder` a run is over when it is done, its log below `folder`/logs. Without one, a run takes
+    `build_seconds`; with none it is over at once.
     """
-    return ArmServer(folder, world, build_seconds)
+    return ArmServer(folder, world, build_seconds, builder)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.builds.sources[path.removeprefix("/sources/")] = body
             self._answer(201)
         elif self.command == "GET" and (run := self.server.builds.runs.get(path.removeprefix("/logs/"))):
-            self._answer(200, "\n".join(run.log).encode())
+            self._answer(200, run.text().encode())
         else:
             self._answer(404, b"<Error><Code>BlobNotFound</Code></Error>")
 
@@ -141,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             return {"uploadUrl": f"{url}/sources/{place}?{signature}", "relativePath": place}
         if self.command == "POST" and what == "scheduleRun":
             run = f"ca{secrets.token_hex(4)}"
-            builds.runs[run] = self._schedule(json.loads(body or b"{}"), match["name"], pools)
+            builds.runs[run] = self._schedule(run, json.loads(body or b"{}"), match["name"], pools)
             return {"properties": {"runId": run, "status": "Queued"}}
         found = re.fullmatch(r"runs/(\w+)(/listLogSasUrl)?", what)
         if found and found[1] in builds.runs:
@@ -150,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             return {"properties": builds.runs[found[1]].properties(found[1])}
         raise AzureError(404, "RunNotFound", f"registry {match['name']} has no {what}")
 
-    def _schedule(self, request: Mapping[str, Any], registry: str, pools: set[str]) -> _Run:
+    def _schedule(self, name: str, request: Mapping[str, Any], registry: str, pools: set[str]) -> _Run:
         """The run of a request that Azure would take. Raises what it answers to one that it would not."""
         dockerfile, images = str(request.get("dockerFilePath", "")), list(request.get("imageNames", []))
         context = self.server.builds.sources.get(str(request.get("sourceLocation")))
@@ -173,13 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "build_failed":
             failure = "failed to run step ID: build: exit status 1"
             log += [f"Step 3/9 : RUN pip install ({images[0]})", "ERROR: No matching distribution found", failure]
-        digest = f"sha256:{hashlib.sha256(context).hexdigest()}"
-        made = [
-            {"registry": f"{registry.lower()}.azurecr.io", "repository": name, "tag": tag, "digest": digest}
-            for name, _, tag in (image.partition(":") for image in images)
-        ]
         slow = fault.seconds if fault and fault.kind == "slow" else 0.0
-        return _Run(time.monotonic() + self.server.build_seconds + slow, made, log, failure)
+        if self.server.builder and not failure:
+            run = _Run(math.inf, [], log, file=self.server.folder / "logs" / f"build-{name}.log")
+            work = (self.server.builder, run, context, request, registry, slow)
+            threading.Thread(target=_build, args=work, daemon=True).start()
+            return run
+        digest = f"sha256:{hashlib.sha256(context).hexdigest()}"
+        ends = time.monotonic() + self.server.build_seconds + slow
+        return _Run(ends, _made(registry, images, digest), log, failure)
 
     def _fault(self, images: list[str], registry: str) -> faults.Fault | None:
         names = (*images, *(image.partition(":")[0] for image in images), registry)
@@ -187,6 +211,29 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "throttled":
             raise AzureError(429, "TooManyRequests", "too many runs were asked for; try again later")
         return fault
+
+
+def _build(
+    builder: ImageBuilder, run: _Run, context: bytes, request: Mapping[str, Any], registry: str, slow: float
+) -> None:
+    """Build what `run` is of; `run.ends` is set last, for until then others take it as running."""
+    images = [str(image) for image in request["imageNames"]]
+    arguments = {str(item["name"]): str(item["value"]) for item in request.get("arguments", [])}
+    try:
+        assert run.file is not None
+        run.file.parent.mkdir(parents=True, exist_ok=True)
+        digest = builder.build(context, str(request["dockerFilePath"]), arguments, images, run.file)
+        run.images = _made(registry, images, digest)
+    except Exception as error:  # whatever it is: a run that never ends would be waited for
+        run.failure = str(error) or type(error).__name__
+    run.ends = time.monotonic() + slow
+
+
+def _made(registry: str, images: Sequence[str], digest: str) -> list[dict[str, str]]:
+    return [
+        {"registry": f"{registry.lower()}.azurecr.io", "repository": name, "tag": tag, "digest": digest}
+        for name, _, tag in (image.partition(":") for image in images)
+    ]
 
 
 def _examine(context: bytes, dockerfile: str) -> tuple[str, list[str]]:

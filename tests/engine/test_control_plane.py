@@ -248,17 +248,18 @@ def test_a_disruption_budget_forbids_what_it_should(api: Api) -> None:
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": {"name": "guarded", "namespace": PLACE},
-        "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "guarded"}}},
+        "spec": {"minAvailable": 2, "selector": {"matchLabels": {"app": "guarded"}}},
     }
     api.apply(budget)
     path = f"/apis/policy/v1/namespaces/{PLACE}/poddisruptionbudgets/guarded"
-    wait_for(api, path, lambda found: found.get("status", {}).get("disruptionsAllowed") == 1)
-    one, other = (pod["metadata"]["name"] for pod in pods(api, "guarded"))
-    evict(api, PLACE, one)
+    wait_for(api, path, lambda found: found.get("status", {}).get("currentHealthy") == 2)
+    one, _ = (pod["metadata"]["name"] for pod in pods(api, "guarded"))
     with pytest.raises(ApiError) as refused:
-        evict(api, PLACE, other)
+        evict(api, PLACE, one)
     assert refused.value.status == 429
+    api.patch(path, {"spec": {"minAvailable": 1}})
     wait_for(api, path, lambda found: found["status"]["disruptionsAllowed"] == 1)
+    evict(api, PLACE, one)
 
 
 def test_pod_security_refuses(api: Api) -> None:

@@ -177,10 +177,8 @@ def declare(root: Path = ROOT, subnet: str | None = None, device: Any = "cuda", 
 
 
 def test_without_a_gpu_the_serving_image_alone_is_another_one() -> None:
-    plain, cpu = (
-        {item.name: item.inputs for item in deploy(lambda device=device: declare(device=device)).of(":ImageBuild")}
-        for device in ("cuda", "cpu")
-    )
+    plain = {item.name: item.inputs for item in deploy(declare).of(":ImageBuild")}
+    cpu = {item.name: item.inputs for item in deploy(lambda: declare(device="cpu")).of(":ImageBuild")}
     assert {name for name in plain if plain[name]["context"] != cpu[name]["context"]} == {"images-serving"}
     assert cpu["images-serving"]["arguments"]["REQUIREMENTS"] == "requirements/serving-cpu.lock"
     files = context_files(ROOT, IMAGES["serving"], cpu["images-serving"]["arguments"])

@@ -1,8 +1,9 @@
-"""The stand-in for a registry's runs, as the program's own client meets it; nothing is built."""
+"""The stand-in for a registry's runs, as the program's own client meets it; nothing is really built."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,66 @@ def test_a_context_must_be_an_archive_with_the_dockerfile(
         tasks.schedule(request | {"sourceLocation": "elsewhere"})
     with pytest.raises(SettingsError, match="404 RunNotFound"):
         tasks.wait("ca1", "a")
+
+
+class Builder:
+    """Takes its time, says something, and fails where it is told to."""
+
+    def __init__(self, seconds: float = 0.0, failure: Exception | None = None) -> None:
+        self.seconds, self.failure = seconds, failure
+        self.given: list[Any] = []
+
+    def build(self, context: bytes, dockerfile: str, arguments: Any, images: Any, log: Path) -> str:
+        self.given.append((dockerfile, dict(arguments), list(images)))
+        log.write_text("STEP 1/2: FROM base\n")
+        time.sleep(self.seconds)
+        with log.open("a") as output:
+            output.write("ERROR: No space left\n" if self.failure else "COMMIT\n")
+        if self.failure:
+            raise self.failure
+        return "sha256:" + "5" * 64
+
+
+def test_a_builder_makes_the_image(
+    server: arm.ArmServer, build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("DRYDOCK_ARM_ENDPOINT", server.url)
+    monkeypatch.setattr("infra.uploads.POLL_SECONDS", 0.02)
+    server.builder = builder = Builder(0.2)
+    with caplog.at_level(logging.INFO):
+        assert (
+            digest(build | {"arguments": {"PYTHON_IMAGE": "reg01.azurecr.io/cache/python@x"}}) == f"sha256:{'5' * 64}"
+        )
+    assert "is running" in caplog.text
+    tag = build["context"][:12]
+    given = ("Dockerfile", {"PYTHON_IMAGE": "reg01.azurecr.io/cache/python@x"}, [f"drydock/stress:{tag}"])
+    assert builder.given == [given]
+
+
+def test_a_builder_s_failure_ends_the_run_with_its_log(
+    server: arm.ArmServer, build: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("DRYDOCK_ARM_ENDPOINT", server.url)
+    monkeypatch.setattr("infra.uploads.POLL_SECONDS", 0.02)
+    for failure, said in (
+        (RuntimeError("failed to run step ID: build: exit status 1"), "failed to run step ID: build: exit status 1"),
+        (KeyError(), "KeyError"),
+    ):
+        server.builder = Builder(failure=failure)
+        with pytest.raises(SettingsError) as caught:
+            digest(build)
+        assert f"its build ended as Failed: {said}" in caught.value.problems[0]
+        assert {"STEP 1/2: FROM base", "ERROR: No space left"} <= set(caught.value.problems)
+
+
+def test_faults_and_contexts_come_before_the_builder(server: arm.ArmServer, build: dict[str, Any]) -> None:
+    server.builder = builder = Builder()
+    inject(server.folder, Fault("build_failed", name="drydock/stress"))
+    with pytest.raises(SettingsError, match="its build ended as Failed"):
+        digest(build)
+    assert builder.given == []
 
 
 def test_sources_go_by_signature_alone(server: arm.ArmServer) -> None:

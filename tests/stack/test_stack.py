@@ -113,8 +113,8 @@ def test_no_secret_is_registered_in_plain_text(name: str) -> None:
 
 def test_every_adapter_has_one_job_with_its_own_settings() -> None:
     jobs = [item for item in stack("prod").of(":Job") if item.name.startswith("tune-")]
-    adapters = {item.name: item.inputs["metadata"]["labels"]["drydock/adapter"] for item in jobs}
-    assert adapters == {"tune-kubectl-job": "kubectl", "tune-triage-job": "triage"}  # the engine promises no order
+    adapters = [item.inputs["metadata"]["labels"]["drydock/adapter"] for item in jobs]
+    assert sorted(adapters) == ["kubectl", "triage"]  # the engine promises no order
     assert len(jobs) == len({item.inputs["metadata"]["name"] for item in jobs}) == 2
 
 
@@ -131,8 +131,8 @@ def test_a_parameter_changed_in_the_yaml_reaches_the_container_and_renames_that_
     adapters["triage"]["learning_rate"] = 0.0007
     changed, before = deployed("prod", {"drydock:adapters": adapters}), stack("prod")
     assert json.loads(specs(changed)["tune-triage-specs"])["learning_rate"] == 0.0007
-    names = [{item.name: item.inputs["metadata"]["name"] for item in seen.of(":Job")} for seen in (before, changed)]
-    assert [job for job in names[0] if names[0][job] != names[1][job]] == ["tune-triage-job"]
+    old, new = ({item.name for item in seen.of(":Job")} for seen in (before, changed))
+    assert [name.rpartition("-")[0] for name in old ^ new] == ["tune-triage", "tune-triage"]
 
 
 def test_deadline_and_retries_do_not_tune_again() -> None:
@@ -157,7 +157,7 @@ def test_a_job_ends_at_once_on_a_mistake_and_never_for_an_eviction(name: str) ->
 
 def test_a_setting_that_cannot_work_stops_the_program_with_its_remedy() -> None:
     serving = config_of("dev")["drydock:serving"] | {"max_model_len": 131072, "max_num_seqs": 256}
-    with pytest.raises(pulumi.RunError, match="max_model_len"):
+    with pytest.raises(pulumi.RunError, match=r"Pulumi\.dev\.yaml:\d+: serving\.max_model_len: .* are needed"):
         deployed("dev", {"drydock:serving": serving})
 
 

@@ -64,6 +64,12 @@ def test_a_stack_without_settings_is_told_those_that_have_some(root: Path) -> No
         stack_config(root, "stage")
 
 
+def test_settings_that_are_no_yaml_are_told_with_their_line(root: Path) -> None:
+    (root / "Pulumi.dev.yaml").write_text("config:\n  ship:size: [3\n  ship:keys: {}\n")
+    with pytest.raises(SettingsError, match=r"^Pulumi\.dev\.yaml:3: not YAML: expected ',' or ']'"):
+        stack_config(root, "dev")
+
+
 def test_a_program_is_run_and_its_objects_written(root: Path) -> None:
     _, config, _ = stack_config(root, "dev")
     names = write(declared(root, "ship", "dev", config), root / "out")

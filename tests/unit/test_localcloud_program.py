@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from common.settings import SettingsError
+from localcloud.cloud import known_to
 from localcloud.program import OURS, copy, for_here
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_what_another_backend_encrypted_is_blanked_and_every_line_stays_where_it
     assert yaml.safe_load(changed) == {"config": {"drydock:base": {"model": "m", "token": {"plain": 1}}}}
     before, after = SECRETS.splitlines(), changed.splitlines()
     assert len(before) == len(after)
-    assert all(new in ("", old) for old, new in zip(before, after, strict=True))
+    assert all(new in ("#", old) for old, new in zip(before, after, strict=True))
 
 
 def test_a_key_beside_a_secret_stays() -> None:
@@ -79,3 +80,16 @@ def test_a_copy_follows_its_source_and_leaves_the_same_alone(tmp_path: Path) -> 
 def test_a_folder_that_git_does_not_know_is_told(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="is copied as git lists it, but git says: fatal: not a git repository"):
         copy(tmp_path, tmp_path / "target")
+
+
+def test_without_git_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SettingsError, match=r"^git is not on the PATH: .*; install git$"):
+        copy(ROOT, tmp_path / "target")
+
+
+@pytest.mark.parametrize("name", ["nope", "", ".", "..", "../dev", "/tmp", "dev/../dev"])
+def test_only_a_stack_with_settings_gets_a_folder(name: str) -> None:
+    known_to(ROOT, "dev")
+    with pytest.raises(SettingsError, match=r"no such file; stacks with settings: dev, prod$"):
+        known_to(ROOT, name)  # a path would lead to a folder in which a copy removes all that is not the program's

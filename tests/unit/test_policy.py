@@ -162,3 +162,12 @@ def test_nothing_is_brought_up_before_plan_policy_and_gate() -> None:
     up = yaml.safe_load(WORKFLOWS["up.yaml"])["jobs"]
     assert up["prod"]["needs"] == "dev"
     assert yaml.safe_load(WORKFLOWS["up-one.yaml"])["jobs"]["up"]["environment"] == "${{ inputs.stack }}"
+
+
+def test_the_pack_runs_in_what_pulumi_install_makes() -> None:
+    pack = yaml.safe_load((ROOT / "policy/PulumiPolicy.yaml").read_text())["runtime"]
+    program = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["runtime"]
+    assert (pack["name"], pack["options"]["toolchain"]) == (program["name"], program["options"]["toolchain"])
+    # Pulumi takes it from the pack's folder; without one, the pack runs in the first Python on the PATH.
+    assert (ROOT / "policy" / pack["options"]["virtualenv"]).resolve() == ROOT / program["options"]["virtualenv"]
+    assert re.search(r"^pulumi-policy==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
