@@ -30,13 +30,15 @@ def test_the_first_preview_needs_nothing_from_azure(dev: Up) -> None:
 
 def tuning_jobs(plan: Plan) -> list[tuple[str, set[str]]]:
     """What happens to tuning Jobs, without the hashes of their names, sorted."""
-    found = [(name.split()[1].rpartition("-")[0], ops) for name, ops in plan.changes.items() if "Job tune-" in name]
+    found = [
+        (name.split()[1].rpartition("-")[0], ops) for name, ops in plan.changes.items() if name.startswith("Job tune-")
+    ]
     return sorted(found, key=lambda item: (item[0], sorted(item[1])))
 
 
 def others(plan: Plan) -> dict[str, set[str]]:
     """The changes of everything but tuning Jobs."""
-    return {name: ops for name, ops in plan.changes.items() if "Job tune-" not in name}
+    return {name: ops for name, ops in plan.changes.items() if not name.startswith("Job tune-")}
 
 
 ANEW = [("tune-kubectl", {"create"}), ("tune-kubectl", {"delete"})]
