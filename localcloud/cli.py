@@ -92,7 +92,7 @@ def prepare(folder: Path, tools: Tools, more: Mapping[str, str], path: Iterable[
         each.mkdir(parents=True, exist_ok=True)
     _same_file(tools.pulumi, wrappers / "pulumi")  # beside its language host, as released: else it warns on every run
     _wrapper(wrappers / "pulumi-language-python", "localcloud.language_host")
-    _wrapper(wrappers / "pulumi-resource-pulumi-python", "pulumi.dynamic")
+    _wrapper(wrappers / "pulumi-resource-pulumi-python", "localcloud.orphans pulumi.dynamic")
     plugins = home / "plugins"
     _wrapper(_plugin(plugins, "azure-native", version("pulumi-azure-native")), "localcloud.azure")
     kubernetes = _plugin(plugins, "kubernetes", version("pulumi-kubernetes"))

@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent import futures
 from importlib.metadata import version
@@ -21,6 +20,8 @@ from typing import IO, Any
 import grpc
 from pulumi.automation._server import LanguageServer
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc, plugin_pb2
+
+from localcloud.orphans import end_with_parent
 
 
 class LanguageHost(LanguageServer):
@@ -87,13 +88,6 @@ class LanguageHost(LanguageServer):
         return language_pb2.RuntimeOptionsResponse()
 
 
-def _end_with(parent: int) -> None:
-    """End when the engine was killed outright: nobody else would end us."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def main() -> None:
     """Pulumi gives the engine's address as the first argument that is no flag, and reads the port from stdout."""
     engine = next(argument for argument in sys.argv[1:] if not argument.startswith("-"))
@@ -101,7 +95,7 @@ def main() -> None:
     language_pb2_grpc.add_LanguageRuntimeServicer_to_server(LanguageHost(engine), server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     server.start()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     try:
         server.wait_for_termination()
     except KeyboardInterrupt:  # Ctrl-C reaches the whole group; the engine ends us when it is done

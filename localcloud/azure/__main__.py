@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
 from concurrent import futures
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import grpc
 from pulumi.runtime.proto import provider_pb2_grpc
 
 from localcloud.azure.provider import Provider
+from localcloud.orphans import end_with_parent
 
 MESSAGE_BYTES = 400 * 1024 * 1024  # the engine's own limit
-ENGINE_SECONDS = 1.0
 
 
 def main() -> int:
@@ -35,16 +33,9 @@ def main() -> int:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(port, flush=True)
-    threading.Thread(target=_end_with_the_engine, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     server.wait_for_termination()
     return 0
-
-
-def _end_with_the_engine(engine: int) -> None:
-    """An engine that is killed cannot end its plugins."""
-    while os.getppid() == engine:
-        time.sleep(ENGINE_SECONDS)
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from common.files import write_json
 
 ACTIONS = ("create", "read", "update", "delete", "build", "any")
-KINDS = ("conflict", "throttled", "quota", "build_failed", "vanished", "slow", "half_made")
+KINDS = ("conflict", "throttled", "quota", "build_failed", "vanished", "slow", "half_made", "unanswered")
 MEETS = {  # reading neither conflicts nor takes quota; what is not there yet cannot vanish
     "vanished": ("read", "update", "delete"),
     "conflict": ("create", "update", "delete"),

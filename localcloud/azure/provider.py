@@ -296,6 +296,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 self._hands.container(made.id.rpartition("/")[2])
             if fault and fault.kind == "half_made":
                 raise refusals.conflict(made.id)
+            if fault and fault.kind == "unanswered":
+                time.sleep(fault.seconds)
         except AzureError as error:
             raise HalfMade(made.id, made.outputs, made.inputs, str(error)) from None
 
