@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit stack contract engine tools lint format setup registry azurite lock images preview up destroy render clean
+.PHONY: help rehearse test unit stack contract engine tools local-parts lint format setup registry azurite lock images preview up destroy render clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -33,6 +33,10 @@ contract: setup registry azurite  ## the tests with real parts alone: vLLM, rout
 
 engine: setup azurite tools  ## the stack on the real Pulumi engine and a real Kubernetes API server, Azure simulated
 	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine -n 2 --dist loadfile
+
+# Needs root and Debian's packages buildah, docker-registry, busybox-static, iproute2.
+local-parts: setup tools
+	$(BIN)/python -m pytest tests/local
 
 tools: setup  ## build what that needs from Go modules into .engine (some 20 minutes, once)
 	@$(BIN)/python -m localcloud.tools
