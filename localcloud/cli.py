@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -82,10 +82,10 @@ class Cli:
         return json.loads(self.run(*arguments, "--json", cwd=cwd).stdout)
 
 
-def prepare(folder: Path, tools: Tools, more: Mapping[str, str], path: Iterable[Path] = ()) -> Cli:
+def prepare(folder: Path, tools: Tools, more: Mapping[str, str]) -> Cli:
     """Write home, plugins and wrappers below `folder` and return the CLI that uses them.
 
-    `more`: further variables of its environment; `path`: folders before the PATH of this process.
+    `more`: further variables of its environment.
     """
     home, state, wrappers = folder / "home", folder / "state", folder / "bin"
     for each in (home, state, wrappers):
@@ -100,7 +100,7 @@ def prepare(folder: Path, tools: Tools, more: Mapping[str, str], path: Iterable[
     kubernetes.symlink_to(tools.kubernetes_provider)
     environment = {
         **{key: value for key, value in os.environ.items() if not _foreign(key)},
-        "PATH": os.pathsep.join([*(str(each) for each in (wrappers, *path)), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(wrappers), os.environ["PATH"]]),
         "PULUMI_HOME": str(home),
         "PULUMI_BACKEND_URL": f"file://{state}",
         "PULUMI_CONFIG_PASSPHRASE": PASSPHRASE,
@@ -133,7 +133,6 @@ def _plugin(plugins: Path, name: str, release: str) -> Path:
 
 
 def _wrapper(path: Path, module: str) -> None:
-    # Only our own modules come from ROOT; a program's modules come from its own folder, which the host puts first.
-    here = f'PYTHONPATH="{ROOT}" ' if module.startswith("localcloud.") else ""
-    path.write_text(f'#!/bin/sh\n{here}exec "{sys.executable}" -m {module} "$@"\n')
+    # Only `localcloud` comes from ROOT: a program's modules come from its own folder, which stands before it.
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m {module} "$@"\n')
     path.chmod(0o755)

@@ -9,19 +9,13 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from common.processes import Processes, free_ports, wait_for
+from common.processes import Processes
 from common.settings import SettingsError
-from localcloud import program
+from localcloud import azurite, program
 from localcloud.azure import arm
 from localcloud.cli import Cli, prepare
 from localcloud.control_plane import ControlPlane
 from localcloud.tools import ROOT, locate
-
-AZURITE = ROOT / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
-# The one account that Azurite has, with its published key.
-ACCOUNT = "devstoreaccount1"
-KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-AZURITE_SECONDS = 30.0
 
 
 class LocalCloud:
@@ -42,13 +36,12 @@ class LocalCloud:
 
     def __enter__(self) -> LocalCloud:
         tools = locate()
-        if not AZURITE.exists():
-            raise SettingsError([f"{AZURITE.relative_to(ROOT)}: no Blob emulator: run make azurite, which needs npm"])
+        azurite.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             self._claim(opened)
             processes = opened.enter_context(Processes())
-            blobs = self._azurite(processes)
+            blobs = azurite.start(processes, self.folder / "blobs", self.folder / "logs" / "azurite.log")
             self.control_plane = opened.enter_context(
                 ControlPlane(self.folder, tools, complete_jobs=self._complete_jobs)
             )
@@ -56,7 +49,7 @@ class LocalCloud:
                 "DRYDOCK_LOCALCLOUD": str(self.folder),
                 "DRYDOCK_LOCALCLOUD_WORLD": str(self.world),
                 "DRYDOCK_BLOB_ENDPOINT": blobs,
-                "AZURE_STORAGE_KEY": KEY,
+                "AZURE_STORAGE_KEY": azurite.KEY,
             }
             runs = opened.enter_context(contextlib.closing(arm.serve(self.folder, self.world)))
             places["DRYDOCK_ARM_ENDPOINT"] = runs.url
@@ -73,25 +66,6 @@ class LocalCloud:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SettingsError([f"{self.folder}: in use by another process: wait for it, or end it"]) from None
-
-    def _azurite(self, processes: Processes) -> str:
-        """Start the emulator and return the endpoint of its account."""
-        (port,) = free_ports(1)
-        log = self.folder / "logs" / "azurite.log"
-        log.unlink(missing_ok=True)
-        process = processes.start(
-            # The SDK speaks a newer API version than this Azurite knows: it answers as by its own newest.
-            [str(AZURITE), "--blobPort", str(port), "--location", str(self.folder / "blobs"), "--silent",
-             "--skipApiVersionCheck", "--disableTelemetry"],
-            log=log,
-        )  # fmt: skip
-
-        def alive() -> None:
-            if process.poll() is not None:
-                raise SettingsError([f"{log}: Azurite ended with {process.returncode}: {log.read_text()[-500:]}"])
-
-        wait_for(lambda: "successfully listens" in log.read_text(), AZURITE_SECONDS, "Azurite", alive)
-        return f"http://127.0.0.1:{port}/{ACCOUNT}"
 
     def stack(self, name: str, source: Path = ROOT) -> Stack:
         """The program below `source` (a git checkout) as stack `name`, ready for `pulumi`; made anew or met again."""

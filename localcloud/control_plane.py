@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from common.files import read_json, write_atomic
 from common.processes import Processes, free_ports, wait_for
 from localcloud.api import Api
+from localcloud.azure.rules import TENANT
 from localcloud.nodes import KWOK_ANNOTATION
 from localcloud.tools import Tools
 
@@ -39,7 +40,6 @@ POD_CIDR, SERVICE_CIDR = "192.168.0.0/16", "10.0.0.0/16"
 USER = "clusterUser"
 SERVER_ID = "6dae42f8-4368-4678-94ff-3960e28e3630"  # Entra's application of all AKS API servers
 CLIENT_ID = "80faf920-1908-4b52-b5ef-a8e7bedfc67a"  # kubectl's own application
-TENANT = "00000000-0000-0000-0000-000000000002"
 
 KUBELOGIN = """\
 #!/bin/sh

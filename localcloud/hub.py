@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from common.files import file_digest
+from localcloud.loopback import LoopbackServer
 
 WEIGHTS = (".safetensors", ".bin")  # what the hub keeps by SHA-256, outside of git
 
@@ -24,23 +24,13 @@ def revision_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves `model` (OWNER/NAME) from a thread of its own until `close`; `url` is for HF_ENDPOINT."""
+class Hub(LoopbackServer):
+    """Serves `model` (OWNER/NAME); `url` is for HF_ENDPOINT."""
 
-    daemon_threads = True
-
-    def __init__(self, model: str, folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-        super().__init__((host, port), _Handler)
+    def __init__(self, model: str, folder: Path, port: int = 0) -> None:
         self.model, self.revision = model, revision_of(folder)
         self.files = {path.name: path for path in folder.iterdir() if path.is_file()}
-        self.url = f"http://{host}:{self.server_port}"
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
+        super().__init__(_Handler, port)
 
     def described(self) -> dict[str, Any]:
         """What `/api/models/MODEL/revision/SHA` answers."""

@@ -15,8 +15,11 @@ SECONDS = 1.0  # between two looks
 
 
 def end_with_parent() -> None:
-    """From now on, end this process when its parent is gone. (A signal at the parent's death, as prctl gives it, comes
-    when the thread ends that started us, and the engine's threads come and go.)"""
+    """From now on, end this process when its parent is gone.
+
+    Not by prctl's signal at the parent's death: it comes when the thread ends that started us, and the engine's threads
+    come and go.
+    """
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 

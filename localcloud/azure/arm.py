@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,6 +26,7 @@ from localcloud.azure import faults
 from localcloud.azure.errors import AzureError
 from localcloud.azure.refusals import not_found
 from localcloud.azure.world import World
+from localcloud.loopback import LoopbackServer
 
 _REGISTRY = re.compile(
     r"(?P<id>/subscriptions/[^/]+/resourceGroups/(?P<group>[^/]+)"
@@ -75,24 +76,14 @@ class _Builds:
     runs: dict[str, _Run] = field(default_factory=dict)
 
 
-class ArmServer(ThreadingHTTPServer):
-    """Serves on loopback from a thread of its own until `close`. `url` is for DRYDOCK_ARM_ENDPOINT."""
-
-    daemon_threads = True
+class ArmServer(LoopbackServer):
+    """`url` is for DRYDOCK_ARM_ENDPOINT."""
 
     def __init__(self, folder: Path, world: Path, build_seconds: float, builder: ImageBuilder | None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.world, self.build_seconds, self.builder = folder, World(world), build_seconds, builder
         self.builds = _Builds()
         self.signature = f"sig={secrets.token_hex(16)}"
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
+        super().__init__(_Handler)
 
 
 def serve(folder: Path, world: Path, build_seconds: float = 0.0, builder: ImageBuilder | None = None) -> ArmServer:

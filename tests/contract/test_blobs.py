@@ -17,41 +17,24 @@ from azure.storage.blob import BlobServiceClient
 
 from common import exits
 from common.files import file_digest, read_json, tree_digest
-from common.processes import free_ports
+from common.processes import Processes
+from localcloud.azurite import ACCOUNT, AZURITE, KEY, start
 from tests.contract.conftest import BASE, ROOT, wait_until
 from tests.unit.blob_fakes import FakeHub
 
-AZURITE = ROOT / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 pytestmark = pytest.mark.skipif(not AZURITE.exists(), reason="needs npm: make azurite")
-
-# The one account that Azurite has, with its published key.
-ACCOUNT = "devstoreaccount1"
-KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 @pytest.fixture(scope="module")
 def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlobServiceClient]:
     """A running Azurite with the containers `models`, `datasets` and `checkpoints`."""
-    folder, port = tmp_path_factory.mktemp("azurite"), free_ports(1)[0]
-    # The SDK speaks a newer API version than this Azurite knows: it answers as by its own newest.
-    command = [str(AZURITE), "--blobPort", str(port), "--location", str(folder), "--silent", "--skipApiVersionCheck"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--disableTelemetry"], stdout=log, stderr=log)
-    try:
-
-        def up() -> bool:
-            assert process.poll() is None, (folder / "log").read_text()
-            return "successfully listens" in (folder / "log").read_text()
-
-        wait_until(up, 30, "Azurite")
-        endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
+    folder = tmp_path_factory.mktemp("azurite")
+    with Processes() as processes:
+        endpoint = start(processes, folder, folder / "log")
         service = BlobServiceClient(endpoint, AzureNamedKeyCredential(ACCOUNT, KEY), use_env_settings=False)
         for name in ("models", "datasets", "checkpoints"):
             service.create_container(name)
         yield service
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 def environment(azurite: BlobServiceClient) -> dict[str, str]:

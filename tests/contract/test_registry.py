@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import localcloud.registry
 from artifacts.__main__ import main
 from artifacts.adapter import AdapterCard, fetch_adapter, promote, promoted_digest, publish_adapter, version
 from artifacts.store import CorruptBlob, NotFound, StoreError, open_store
@@ -45,43 +42,8 @@ class Place:
 @contextmanager
 def _registry(folder: Path, password_file: Path | None = None) -> Iterator[Place]:
     """A registry of its own on a free loopback port, with its data below `folder`."""
-    assert BINARY is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{probe.getsockname()[1]}"
-    settings: dict[str, object] = {
-        "version": 0.1,
-        "log": {"level": "error", "accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
-        "http": {"addr": host, "secret": "only for this test"},
-    }
-    if password_file:
-        settings["auth"] = {"htpasswd": {"realm": "test", "path": str(password_file)}}
-    config, log = folder / "config.yml", folder / "log"
-    config.write_text(json.dumps(settings))  # JSON is YAML
-    with log.open("w") as output:
-        process = subprocess.Popen([BINARY, "serve", str(config)], stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 20
-        while not _answers(f"http://{host}/v2/"):
-            assert process.poll() is None, f"docker-registry ended: {log.read_text()}"
-            assert time.monotonic() < deadline, f"docker-registry does not answer: {log.read_text()}"
-            time.sleep(0.05)
+    with localcloud.registry.serve(folder, password_file=password_file) as host:
         yield Place(f"oci://{host}/team/drydock", folder / "data")
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def _answers(address: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        opener.open(address, timeout=2).close()
-    except urllib.error.HTTPError:
-        return True  # asks for a sign-in: it is up
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from localcloud.cloud import Stack
@@ -67,13 +66,21 @@ def state(stack: Stack) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def edited(stack: Stack, name: str, old: str, new: str) -> Iterator[None]:
-    """The stack's copy of the program with `old` replaced by `new` in file `name`, once."""
-    path: Path = stack.folder / name
+def written(stack: Stack, name: str, text: str) -> Iterator[None]:
+    """The stack's copy of the program with `text` as the content of file `name`."""
+    path = stack.folder / name
     before = path.read_text()
-    assert before.count(old) == 1, f"{name}: {old!r} stands there {before.count(old)} times"
-    path.write_text(before.replace(old, new))
+    path.write_text(text)
     try:
         yield
     finally:
         path.write_text(before)
+
+
+@contextlib.contextmanager
+def edited(stack: Stack, name: str, old: str, new: str) -> Iterator[None]:
+    """The stack's copy of the program with `old` replaced by `new` in file `name`, once."""
+    before = (stack.folder / name).read_text()
+    assert before.count(old) == 1, f"{name}: {old!r} stands there {before.count(old)} times"
+    with written(stack, name, before.replace(old, new)):
+        yield

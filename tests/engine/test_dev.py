@@ -11,7 +11,7 @@ from localcloud.cloud import Stack
 from localcloud.pods import evict, finish, wait_for
 from tests.engine.cluster import gpu_nodes, maker, placements
 from tests.engine.conftest import Up
-from tests.engine.plans import REPLACED, Plan, edited, last_update, preview, resource
+from tests.engine.plans import REPLACED, Plan, edited, last_update, preview, resource, written
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -87,13 +87,9 @@ def test_another_learning_rate_is_one_new_job(dev: Up) -> None:
 
 def test_a_byte_of_the_dataset_is_an_upload_and_its_adapters_job(dev: Up) -> None:
     row = '{"instruction": "one more", "input": "", "output": "row"}\n'
-    data = dev.stack.folder / "rehearsal/data/kubectl.jsonl"
-    before = data.read_text()
-    data.write_text(before + row)
-    try:
+    data = "rehearsal/data/kubectl.jsonl"
+    with written(dev.stack, data, (dev.stack.folder / data).read_text() + row):
         plan = preview(dev.stack)
-    finally:
-        data.write_text(before)
     uploads = {name: ops for name, ops in plan.changes.items() if name.startswith("FileUpload ")}
     assert sorted(map(sorted, uploads.values())) == [["create"], ["delete"]]  # forgotten: the blob itself stays
     assert tuning_jobs(plan) == ANEW
@@ -101,15 +97,11 @@ def test_a_byte_of_the_dataset_is_an_upload_and_its_adapters_job(dev: Up) -> Non
 
 
 def test_serving_code_is_an_image_and_a_rollout(dev: Up) -> None:
-    with edited(dev.stack, "stress/__init__.py", (dev.stack.folder / "stress/__init__.py").read_text(), "# changed\n"):
+    with written(dev.stack, "stress/__init__.py", "# changed\n"):
         assert set(preview(dev.stack).changes) == {"ImageBuild images-stress"}
-    path = dev.stack.folder / "serving/sidecar.py"
-    before = path.read_text()
-    path.write_text(before + "# changed\n")
-    try:
+    sidecar = "serving/sidecar.py"
+    with written(dev.stack, sidecar, (dev.stack.folder / sidecar).read_text() + "# changed\n"):
         plan = preview(dev.stack)
-    finally:
-        path.write_text(before)
     assert plan.changes[DEPLOYMENT] == {"update"}
     assert tuning_jobs(plan) == []  # hours of GPU
     assert not any(name.startswith(("AgentPool", "ManagedCluster", "Namespace")) for name in plan.changes)

@@ -19,7 +19,7 @@ from localcloud.azure.world import World
 from localcloud.cloud import LocalCloud, Stack
 from localcloud.tools import Tools
 from tests.engine.cluster import gpu_nodes, placements
-from tests.engine.plans import edited, last_update, preview, state
+from tests.engine.plans import edited, last_update, preview, state, written
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -136,7 +136,7 @@ def test_a_build_that_fails_leaves_what_runs_and_is_made_up_for(prod: Stack, clo
     with cloud.control_plane.client() as api:
         before = api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["template"]
     inject(cloud.folder, Fault("build_failed", name="drydock/serving", action="build"))
-    with edited(prod, "serving/__init__.py", (prod.folder / "serving/__init__.py").read_text(), "# changed\n"):
+    with written(prod, "serving/__init__.py", "# changed\n"):
         code, said = up(prod)
         assert code != 0
         for text in ("images-serving", "its build ended as Failed", "az acr task logs"):

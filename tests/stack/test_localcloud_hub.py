@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -19,6 +20,11 @@ def hub() -> Iterator[Hub]:
     hub = Hub("drydock/tiny", BASE)
     yield hub
     hub.close()
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # read when imported, by whom ever
 
 
 def test_the_model_is_listed_and_comes_as_it_is(hub: Hub, tmp_path: Path) -> None:

@@ -6,31 +6,24 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from localcloud.loopback import LoopbackServer
+
 KEY = base64.b64encode(b"of no emulator").decode()
 
 
-class Server(ThreadingHTTPServer):
-    """Serves on a free port until `close`; `seen` lists `METHOD path` of every request."""
-
-    daemon_threads = True
+class Server(LoopbackServer):
+    """`seen` lists `METHOD path` of every request."""
 
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
-        super().__init__(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
         self.seen: list[str] = []
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.shutdown()
-        self.server_close()
+        super().__init__(handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
