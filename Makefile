@@ -7,10 +7,10 @@ READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit stack contract engine tools local-parts lint format setup registry azurite lock images preview up destroy render clean
+.PHONY: help rehearse test unit stack contract engine tools local local-down local-parts live lint format setup registry azurite lock images preview up destroy render clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" for your own, KEEP=1 leaves it up)
 	@$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
@@ -37,6 +37,19 @@ engine: setup azurite tools  ## the stack on the real Pulumi engine and a real K
 # Needs root and Debian's packages buildah, docker-registry, busybox-static, iproute2.
 local-parts: setup tools
 	$(BIN)/python -m pytest tests/local
+
+# What pods need that really run: Debian's packages, and root for namespaces and mounts (localcloud/live/machine.py).
+LOCAL_PACKAGES := buildah debootstrap docker-registry dumb-init iproute2 nftables
+live:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  dpkg -s $(LOCAL_PACKAGES) >/dev/null 2>&1 || { echo "installing $(LOCAL_PACKAGES)"; apt-get update -q && \
+	  apt-get install -y -q --no-install-recommends $(LOCAL_PACKAGES); } >/dev/null 2>&1; fi; true
+
+local: setup azurite tools live  ## the whole stack on this machine, its pods really running, and its drills (needs root)
+	@$(BIN)/python -m localcloud.live up --out $(OUT) $(if $(filter no,$(DRILLS)),--no-drills)
+
+local-down: setup  ## end that cluster and remove what it wrote
+	@$(BIN)/python -m localcloud.live down --out $(OUT)
 
 tools: setup  ## build what that needs from Go modules into .engine (some 20 minutes, once)
 	@$(BIN)/python -m localcloud.tools
@@ -124,4 +137,4 @@ images:  ## build the images as drydock/NAME by docker, podman or buildah (IMAGE
 	for image in $(IMAGES); do $(BUILDER) build $(BUILD_ARGS) -f $$(ls $$image/Dockerfile */$$image.Dockerfile 2>/dev/null) -t drydock/$$image . || exit 1; done
 
 clean:  ## remove what was installed and written
-	rm -rf $(VENV) .venv-pulumi .engine out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-pulumi .engine .images out .pytest_cache .mypy_cache .ruff_cache

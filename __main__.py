@@ -20,6 +20,7 @@ from workloads.adapters import Adapters, AdaptersArgs
 from workloads.mirror import Mirror, MirrorArgs
 from workloads.platform import Platform, PlatformArgs
 from workloads.serving import Serving, ServingArgs
+from workloads.stress import StressTest, StressTestArgs
 
 stack, location = pulumi.get_stack(), pulumi.Config("azure-native").require("location")
 env = load(pulumi.get_project(), stack)  # every problem that can be known before Azure is asked, told together
@@ -51,4 +52,6 @@ mirror = Mirror(
 jobs = Adapters("adapters", AdaptersArgs(env, mirror.address, data, images, store, account, tuning), inside).job_names
 fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpoint, who.keda.client_id)
 pool = Serving("serving", ServingArgs(env, *fed_by, serving.name, server["serving"]), inside)
-export(of_environment(env, place, cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes))
+loaded_by = (images.stress, data, account, serving.name, server["stress"])
+stress = StressTest("stress", StressTestArgs(env, *loaded_by), inside) if env.stress.run else None
+export(of_environment(env, place, cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes, stress))

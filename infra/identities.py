@@ -10,7 +10,7 @@ from pulumi_azure_native import managedidentity
 from infra.place import Place
 from infra.registry import Registry
 from infra.roles import ACR_PULL, ACR_PUSH, BLOB_DATA_CONTRIBUTOR, BLOB_DATA_READER, MONITORING_DATA_READER, grant
-from infra.storage import CHECKPOINTS, DATASETS, MODELS, Storage
+from infra.storage import CHECKPOINTS, DATASETS, MODELS, REPORTS, Storage
 
 AUDIENCE = "api://AzureADTokenExchange"  # the one that AKS puts into service account tokens for Entra
 
@@ -19,6 +19,7 @@ SERVICE_ACCOUNTS = {
     "tuning": ("drydock-tuning", "tuning"),
     "mirror": ("drydock-tuning", "mirror"),
     "serving": ("drydock-serving", "serving"),
+    "stress": ("drydock-serving", "stress"),
     "keda": ("kube-system", "keda-operator"),  # AKS's own, of the KEDA add-on
 }
 
@@ -55,6 +56,7 @@ class Identities(pulumi.ComponentResource):
     tuning: Identity
     mirror: Identity
     serving: Identity
+    stress: Identity
     keda: Identity
 
     def __init__(self, name: str, args: IdentitiesArgs, opts: pulumi.ResourceOptions | None = None) -> None:
@@ -71,6 +73,10 @@ class Identities(pulumi.ComponentResource):
             "serving": [
                 _Role(BLOB_DATA_READER, containers[MODELS], "reads models"),
                 _Role(ACR_PULL, args.registry.id, "pulls adapters"),
+            ],
+            "stress": [
+                _Role(BLOB_DATA_READER, containers[DATASETS], "reads datasets"),
+                _Role(BLOB_DATA_CONTRIBUTOR, containers[REPORTS], "writes reports"),
             ],
             "keda": [_Role(MONITORING_DATA_READER, args.workspace_id, "reads metrics")],
         }
@@ -109,5 +115,5 @@ class Identities(pulumi.ComponentResource):
                 )
             found[who] = Identity(identity.client_id, identity.principal_id)
         self.tuning, self.mirror = found["tuning"], found["mirror"]
-        self.serving, self.keda = found["serving"], found["keda"]
+        self.serving, self.stress, self.keda = found["serving"], found["stress"], found["keda"]
         self.register_outputs({who: identity.client_id for who, identity in found.items()})

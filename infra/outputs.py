@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infra.registry import Registry
     from infra.settings import Environment
     from infra.storage import Storage
+    from workloads.stress import StressTest
 
 CLIENT_LABEL = {"drydock/client": "true"}
 """Label of the namespaces whose pods may ask the endpoint."""
@@ -52,7 +53,9 @@ class Outputs:
     adapter_store: pulumi.Input[str] = field(
         metadata=said("Where adapter versions are: python -m artifacts list STORE.")
     )
-    storage_account: pulumi.Input[str] = field(metadata=said("Storage account with datasets, models and checkpoints."))
+    storage_account: pulumi.Input[str] = field(
+        metadata=said("Storage account with datasets, models, checkpoints and reports.")
+    )
     images: pulumi.Input[dict[str, Any]] = field(metadata=said("The images built from this repository, by digest."))
     endpoint: pulumi.Input[str] = field(metadata=said("Base URL of the OpenAI API, from inside the cluster."))
     models: pulumi.Input[list[str]] = field(metadata=said("What clients put into `model`: the base and every adapter."))
@@ -61,6 +64,9 @@ class Outputs:
     )
     tuning_jobs: pulumi.Input[dict[str, Any]] = field(
         metadata=said("The tuning Job of each adapter, in namespace drydock-tuning.")
+    )
+    stress_report: pulumi.Input[str | None] = field(
+        metadata=said("Where the stress test that the settings name puts its report once it has run, if they name one.")
     )
     prometheus_endpoint: pulumi.Input[str] = field(metadata=said("Query endpoint of the managed Prometheus."))
     grafana_url: pulumi.Input[str | None] = field(metadata=said("The managed Grafana, if there is one."))
@@ -91,6 +97,7 @@ def of_environment(
     jobs: Mapping[str, pulumi.Output[str]],
     watch: str,
     eyes: Observability,
+    stress: StressTest | None,
 ) -> Outputs:
     """The outputs of an environment from its components; `jobs`: the tuning Job's name by adapter."""
     return Outputs(
@@ -105,9 +112,10 @@ def of_environment(
         storage_account=storage.name,
         images={name: getattr(images, name) for name in IMAGES},
         endpoint=pulumi.Output.concat(url, "/v1"),
-        models=[env.base.served_name, *env.adapters],
+        models=list(env.served),
         client_label=CLIENT_LABEL,
         tuning_jobs=dict(jobs),
+        stress_report=stress.report if stress else None,
         prometheus_endpoint=eyes.query_endpoint,
         grafana_url=eyes.grafana_url,
         next_steps=[
@@ -117,5 +125,6 @@ def of_environment(
                 for job in jobs.values()
             ),
             watch,
+            *([stress.follow] if stress else []),
         ],
     )

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 from common.settings import Settings, SettingsError, explain, key_lines
 from infra.catalog import MODELS, Architecture, Sku, sku
 from serving.spec import EngineSettings
+from stress.spec import MODELS_WORDS, DurationSeconds, LoadSettings, LoadSpec, Models, RampSeconds, Users
 from training.spec import AdapterName, TuningSettings
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,35 @@ class Serving(EngineSettings):
         return self
 
 
+class Stress(LoadSettings):
+    """The stress test: one Job that loads the replicas as clients would, through the router."""
+
+    run: str | None = Field(
+        None,
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        coerce_numbers_to_str=True,
+        description="Name of the run, such as 1 or a date; another one starts another Job. None: no stress test.",
+    )
+    client: str | None = Field(
+        None, description="With whose API key it asks, a key of `api_keys`; none: the only one there is."
+    )
+    models: Models | None = Field(None, description=f"{MODELS_WORDS}; none: the base and all adapters alike")
+    wait_seconds: int = Field(
+        900,
+        ge=0,
+        le=86_400,
+        description="For models that do not answer yet (in tuning, or asleep), and for the right to write the report.",
+    )
+    users: Users = 100
+    ramp_seconds: RampSeconds = 60
+    duration_seconds: DurationSeconds = 600
+
+    def spec(self, served: Iterable[str]) -> LoadSpec:
+        """The load; of all models that are `served` where the settings name none."""
+        values = self.model_dump(include=set(LoadSettings.model_fields))
+        return LoadSpec(**values, models=self.models or dict.fromkeys(served, 1.0))
+
+
 class Retention(Settings):
     """How long what was deleted or replaced stays."""
 
@@ -229,12 +259,24 @@ class Environment(Settings):
     )
     tuning: Tuning = Field(description="Where the tuning Jobs run.")
     serving: Serving = Field(description="The replicas.")
+    stress: Stress = Field(default_factory=Stress, description="The stress test, off by default.")
     retention: Retention = Field(default_factory=Retention, description="How long things stay.")
     grafana: bool = Field(True, description="A managed Grafana over the metrics.")
     api_keys: dict[str, SecretStr] = Field(
         default_factory=dict, description="Clients and their keys. Secret: pulumi config set --secret --path."
     )
     huggingface_token: SecretStr | None = Field(None, description="For gated models, such as Llama. Secret.")
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """What clients put into `model`: the base and every adapter."""
+        return (self.base.served_name, *self.adapters)
+
+    @property
+    def stress_key(self) -> SecretStr | None:
+        """The API key with which the stress test asks; None where the settings do not say which, or have none."""
+        client = self.stress.client or (next(iter(self.api_keys)) if len(self.api_keys) == 1 else None)
+        return self.api_keys.get(client) if client else None
 
     @property
     def max_lora_rank(self) -> int:
@@ -362,7 +404,32 @@ def inconsistencies(env: Environment) -> list[str]:
         found.append(f"base.served_name: {env.base.served_name} is also the name of an adapter: choose another")
     if env.cluster.tier == "Free" and env.serving.min_replicas >= 3:
         found.append("cluster.tier: Free has no SLA and a weak control plane: set Standard for three replicas or more")
-    return found
+    return [*found, *(_stress(env) if env.stress.run else ())]
+
+
+def _stress(env: Environment) -> Iterator[str]:
+    """What keeps the stress test from running."""
+    stress, clients = env.stress, ", ".join(env.api_keys)
+    if not env.api_keys:
+        yield (
+            "stress.run: it asks with an API key, and there is none: pulumi config set --secret --path "
+            "'drydock:api_keys.stress' \"$(openssl rand -hex 32)\""
+        )
+    elif stress.client and stress.client not in env.api_keys:
+        yield f"stress.client: {stress.client} is not among the api_keys ({clients})"
+    elif env.stress_key is None:
+        yield f"stress.client: required with several api_keys: one of {clients}"
+    if not env.adapters:
+        yield "stress.run: its prompts come from the adapters' datasets, and there is no adapter: add one, or remove it"
+    for model in stress.models or ():
+        if model not in env.served:
+            yield f"stress.models: {model} is not served: choose from {', '.join(env.served)}"
+    if stress.longest_tokens > env.serving.max_model_len:
+        yield (
+            f"stress.prompt_tokens: the longest prompt with its answer has {stress.longest_tokens} tokens "
+            f"(prompt_tokens, long_multiplier, max_tokens), but serving.max_model_len is {env.serving.max_model_len}: "
+            "lower them"
+        )
 
 
 def _parsed(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The storage account: datasets, base models and checkpoints, reached by Entra identities alone."""
+"""The storage account: datasets, base models, checkpoints and reports, reached by Entra identities alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infra.place import Place
 from infra.roles import BLOB_DATA_CONTRIBUTOR, grant
 from infra.settings import Retention
 
-DATASETS, MODELS, CHECKPOINTS = CONTAINERS = ("datasets", "models", "checkpoints")
+DATASETS, MODELS, CHECKPOINTS, REPORTS = CONTAINERS = ("datasets", "models", "checkpoints", "reports")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import requests
+from requests.adapters import HTTPAdapter
 
 SECONDS = 30.0  # the longest that one answer may take
+CONNECTIONS = 64  # kept open: the pod runner asks from a thread for each pod
 MANAGER = "drydock-localcloud"  # who owns the fields that `apply` sets
 
 PATCH_TYPES = {
@@ -33,6 +35,7 @@ class Api:
         self.server = server
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy, no other authorities: this machine's own server
+        self._session.mount("https://", HTTPAdapter(pool_maxsize=CONNECTIONS))
         self._session.verify = str(ca_file)
         self._session.headers["Authorization"] = f"Bearer {token}"
         self._resources: dict[str, dict[str, dict[str, Any]]] = {}
@@ -64,6 +67,11 @@ class Api:
             if error.status == 404:
                 return None
             raise
+
+    def proxied(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a GET that the server passes on to a pod (`.../pods/NAME:PORT/proxy/...`)."""
+        answer = self._session.get(self.server + path, timeout=SECONDS)
+        return answer.status_code, answer.content
 
     def list(self, path: str, **query: str) -> list[dict[str, Any]]:
         """The items at `path`; `labelSelector=` and `fieldSelector=` narrow them."""

@@ -78,10 +78,10 @@ class Builder:
             )  # fmt: skip
             digest = Path(folder) / "digest"
             for image in images:
-                # The lowest level: the default one takes longer than pip, and nothing here goes over a network.
+                # As fast as it compresses: gzip takes twice as long, its default level longer than pip.
                 self._run(
                     log,
-                    "push", "--quiet", "--compression-format", "gzip", "--compression-level", "1",
+                    "push", "--quiet", "--compression-format", "zstd", "--compression-level", "1",
                     "--tls-verify=false", "--digestfile", digest, name, f"docker://{self._registry}/{image}",
                 )  # fmt: skip
             return digest.read_text().strip()

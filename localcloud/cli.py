@@ -41,11 +41,24 @@ class Cli:
     def run(
         self, *arguments: str, cwd: Path, check: bool = True, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
-        """Run `pulumi ARGUMENTS` in `cwd`; stdout and stderr are kept apart."""
-        done = subprocess.run(
-            self.command(*arguments), cwd=cwd, env=dict(self.environment), text=True, timeout=timeout,
-            capture_output=True, stdin=subprocess.DEVNULL, preexec_fn=_at_our_death,
-        )  # fmt: skip
+        """Run `pulumi ARGUMENTS` in `cwd`; stdout and stderr are kept apart.
+
+        Interrupted, it ends what it has begun and writes its state before the interruption goes on.
+        """
+        with subprocess.Popen(
+            self.command(*arguments), cwd=cwd, env=dict(self.environment), text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_at_our_death,
+        ) as process:  # fmt: skip
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                process.communicate()
+                raise
+        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
         if check and done.returncode:
             raise PulumiFailed(
                 f"pulumi {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -55,12 +68,15 @@ class Cli:
     def show(self, *arguments: str, cwd: Path) -> int:
         """Run `pulumi ARGUMENTS` before a person's eyes, for as long as it takes, and return its exit code.
 
-        Ctrl-C reaches `pulumi` too, which ends what it has begun and writes its state: we wait for it. SIGTERM and
-        SIGHUP, which reach us alone, are handed on as the same.
+        Ctrl-C reaches `pulumi` too, which ends what it has begun and writes its state: we wait for it, and raise
+        KeyboardInterrupt then. SIGTERM and SIGHUP, which reach us alone, are handed on as the same.
         """
         process: subprocess.Popen[bytes] | None = None
+        stopped = False
 
         def interrupted(number: int, frame: object) -> None:
+            nonlocal stopped
+            stopped = True
             if number != signal.SIGINT and process is not None:
                 process.send_signal(signal.SIGINT)
 
@@ -69,10 +85,13 @@ class Cli:
             process = subprocess.Popen(
                 self.command(*arguments), cwd=cwd, env=dict(self.environment), preexec_fn=_at_our_death
             )
-            return process.wait()
+            code = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if stopped:
+            raise KeyboardInterrupt
+        return code
 
     def command(self, *arguments: str) -> list[str]:
         return [str(self.folder / "bin" / "pulumi"), *arguments]

@@ -18,7 +18,18 @@ from localcloud.control_plane import ControlPlane
 from localcloud.tools import ROOT, locate
 
 
-class LocalCloud:
+class Cloud:
+    """What a stack needs of a local cloud: its folder, and the CLI that meets it."""
+
+    folder: Path
+    cli: Cli
+
+    def stack(self, name: str, source: Path = ROOT) -> Stack:
+        """The program below `source` (a git checkout) as stack `name`, ready for `pulumi`; made anew or met again."""
+        return Stack(self, name, source)
+
+
+class LocalCloud(Cloud):
     """A context manager: what `pulumi up` brings up stays in `folder`, and is there when it is entered again.
 
     `complete_jobs`: Jobs' pods succeed by themselves after a second, as if they had tuned; else they run until told.
@@ -26,7 +37,6 @@ class LocalCloud:
     Raises `ToolsMissing` where tools are not built, `SettingsError` where the folder is in use or Azurite is missing.
     """
 
-    cli: Cli
     control_plane: ControlPlane
 
     def __init__(self, folder: Path, *, complete_jobs: bool = True, world: Path | None = None) -> None:
@@ -39,37 +49,39 @@ class LocalCloud:
         azurite.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
-            self._claim(opened)
+            claim(self.folder, opened)
             processes = opened.enter_context(Processes())
             blobs = azurite.start(processes, self.folder / "blobs", self.folder / "logs" / "azurite.log")
             self.control_plane = opened.enter_context(
                 ControlPlane(self.folder, tools, complete_jobs=self._complete_jobs)
             )
-            places = {
-                "DRYDOCK_LOCALCLOUD": str(self.folder),
-                "DRYDOCK_LOCALCLOUD_WORLD": str(self.world),
-                "DRYDOCK_BLOB_ENDPOINT": blobs,
-                "AZURE_STORAGE_KEY": azurite.KEY,
-            }
             runs = opened.enter_context(contextlib.closing(arm.serve(self.folder, self.world)))
-            places["DRYDOCK_ARM_ENDPOINT"] = runs.url
-            self.cli = prepare(self.folder, tools, places)
+            self.cli = prepare(self.folder, tools, environment(self.folder, self.world, blobs, runs.url))
             self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def _claim(self, opened: contextlib.ExitStack) -> None:
-        lock = opened.enter_context((self.folder / "lock").open("a+"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError([f"{self.folder}: in use by another process: wait for it, or end it"]) from None
 
-    def stack(self, name: str, source: Path = ROOT) -> Stack:
-        """The program below `source` (a git checkout) as stack `name`, ready for `pulumi`; made anew or met again."""
-        return Stack(self, name, source)
+def environment(folder: Path, world: Path, blobs: str, runs: str) -> dict[str, str]:
+    """By what the program and its providers meet the stand-ins; `blobs` and `runs` are addresses on loopback."""
+    return {
+        "DRYDOCK_LOCALCLOUD": str(folder),
+        "DRYDOCK_LOCALCLOUD_WORLD": str(world),
+        "DRYDOCK_BLOB_ENDPOINT": blobs,
+        "AZURE_STORAGE_KEY": azurite.KEY,
+        "DRYDOCK_ARM_ENDPOINT": runs,
+    }
+
+
+def claim(folder: Path, opened: contextlib.ExitStack) -> None:
+    """Be alone in a cloud's folder until `opened` closes. Raises `SettingsError` where somebody else is in it."""
+    lock = opened.enter_context((folder / "lock").open("a+"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SettingsError([f"{folder}: in use by another process: wait for it, or end it"]) from None
 
 
 def known_to(source: Path, stack: str) -> None:
@@ -82,7 +94,7 @@ def known_to(source: Path, stack: str) -> None:
 class Stack:
     """One stack of a local cloud. Its copy of the program lies in `self.folder` and may be edited."""
 
-    def __init__(self, cloud: LocalCloud, name: str, source: Path) -> None:
+    def __init__(self, cloud: Cloud, name: str, source: Path) -> None:
         self.cloud, self.name, self.source = cloud, name, source
         known_to(source, name)
         self.folder = cloud.folder / "programs" / name

@@ -71,7 +71,10 @@ class ControlPlane:
     Jobs' pods succeed a second after their start; with `complete_jobs=False` they run until `localcloud.pods` ends
     them. `folder` also gets what others need: `cluster.json` (server, token, ca_file, kubeconfig), `kubeconfig` for a
     person with kubectl, `bin/kubelogin` (a stand-in, for the PATH of Pulumi), `logs/`. One at a time may use a folder.
-    The processes die with the thread that enters it, so enter it in one that lasts.
+    The processes die with the thread that enters it, so enter it in one that lasts. `address`: where pods reach the API
+    server, behind the Service `kubernetes`; without one they do not. `runner`: the nodes that Azure makes are for the
+    pod runner, not for KWOK. `autoscaler`: one runs, so agent pools begin with their least nodes. `port`: of the API
+    server, if it may not choose (`choose_port`).
     Raises `ControlPlaneError` when a process ends during the start, and TimeoutError.
     """
 
@@ -82,10 +85,21 @@ class ControlPlane:
     kubeconfig: str
     """As AKS gives it to users: its exec stanza asks kubelogin."""
 
-    def __init__(self, folder: Path, tools: Tools, *, complete_jobs: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tools: Tools,
+        *,
+        complete_jobs: bool = True,
+        address: str = "",
+        port: int | None = None,
+        runner: bool = False,
+        autoscaler: bool = False,
+    ) -> None:
         self.folder = folder.resolve()
         self._tools = tools
         self._complete_jobs = complete_jobs
+        self._address, self._given_port, self._runner, self._autoscaler = address, port, runner, autoscaler
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> ControlPlane:
@@ -116,7 +130,7 @@ class ControlPlane:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.token = self._token()
         self.ca_file = self.folder / "ca.crt"
-        port = self._port()
+        port = self._given_port or choose_port(self.folder)
         self.server = f"https://127.0.0.1:{port}"
         self._run_api_server(port)
         self._write_access()
@@ -148,7 +162,8 @@ class ControlPlane:
             self._tools.kube_apiserver,
             f"--etcd-servers={clients}",
             "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",  # or it looks for the machine's own, which may have none
+            # Or it looks for the machine's own, which may have none. It goes into the certificate.
+            f"--advertise-address={self._address or '127.0.0.1'}",
             f"--secure-port={port}",
             f"--cert-dir={certificates}",  # where it makes its certificate, and finds it again
             f"--service-account-key-file={key}",
@@ -158,7 +173,9 @@ class ControlPlane:
             "--authorization-mode=RBAC",
             f"--service-cluster-ip-range={SERVICE_CIDR}",
             "--allow-privileged=true",  # as AKS: system pods need it, and Pod Security decides for the others
-            "--endpoint-reconciler-type=none",  # it may not advertise a loopback address
+            # It may not advertise a loopback address.
+            f"--endpoint-reconciler-type={'lease' if self._address else 'none'}",
+            "--kubelet-preferred-address-types=InternalIP",  # for logs: nobody resolves the names of nodes
         )
         made = certificates / "apiserver.crt"  # its own certificate, then that of the authority that signed it
         self._wait(lambda: made.exists() and made.read_text().count("END CERTIFICATE") == 2, "the server's certificate")
@@ -176,6 +193,8 @@ class ControlPlane:
             f"--root-ca-file={self.ca_file}",
         )
         self._run("kube-scheduler", self._tools.kube_scheduler, access, *alone)
+        if self._runner:
+            return
         # Those of an earlier start: KWOK would wait until they expire before it takes the nodes over.
         api.delete("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")
         stages = [path for path in sorted(STAGES.glob("*.yaml")) if self._complete_jobs or path.stem != "pod-complete"]
@@ -235,19 +254,6 @@ class ControlPlane:
             _write_secret(path, text.decode())
         return path
 
-    def _port(self) -> int:
-        """That of the start before, so that the kubeconfig in Pulumi's state goes on to lead here; else a free one."""
-        file = self.folder / CLUSTER_FILE
-        before = int(read_json(file)["server"].rpartition(":")[2]) if file.exists() else None
-        if before is not None and _free(before):
-            return before
-        port = next(port for port in secrets.SystemRandom().sample(PORTS, len(PORTS)) if _free(port))
-        if before is not None:
-            print(
-                f"port {before} is taken meanwhile: the cluster's address is now https://127.0.0.1:{port}", flush=True
-            )
-        return port
-
     def _write_access(self) -> None:
         authority = base64.b64encode(self.ca_file.read_bytes()).decode()
         cluster = {"server": self.server, "certificate-authority-data": authority}
@@ -270,8 +276,22 @@ class ControlPlane:
             "token": self.token,
             "ca_file": str(self.ca_file),
             "kubeconfig": self.kubeconfig,
+            "kubelet": "runner" if self._runner else "kwok",
+            "autoscaler": self._autoscaler,
         }
         _write_secret(self.folder / CLUSTER_FILE, json.dumps(access, indent=2))
+
+
+def choose_port(folder: Path) -> int:
+    """That of the start before, so that the kubeconfig in Pulumi's state goes on to lead here; else a free one."""
+    file = folder / CLUSTER_FILE
+    before = int(read_json(file)["server"].rpartition(":")[2]) if file.exists() else None
+    if before is not None and _free(before):
+        return before
+    port = next(port for port in secrets.SystemRandom().sample(PORTS, len(PORTS)) if _free(port))
+    if before is not None:
+        print(f"port {before} is taken meanwhile: the cluster's address is now https://127.0.0.1:{port}", flush=True)
+    return port
 
 
 def _usable(api: Api) -> bool:

@@ -1,10 +1,13 @@
-"""Stands in for the Hugging Face hub: one model, whose files lie in a folder, at the one revision that they make."""
+"""Stands in for the Hugging Face hub: models whose files lie in folders, each at the one revision that they make."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -16,33 +19,93 @@ from localcloud.loopback import LoopbackServer
 WEIGHTS = (".safetensors", ".bin")  # what the hub keeps by SHA-256, outside of git
 
 
+@dataclass(frozen=True)
+class File:
+    """`sha256`: 64 hex digits."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+class Model:
+    """The files of one folder, as they are when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def files(self) -> dict[str, File]:
+        return {
+            path.name: File(path, path.stat().st_size, file_digest(path).removeprefix("sha256:"))
+            for path in sorted(self._folder.iterdir())
+            if path.is_file()
+        }
+
+    @cached_property
+    def revision(self) -> str:
+        """The commit (40 hex digits) that stands for the files: another content is another revision."""
+        digest = hashlib.sha1(usedforsecurity=False)
+        for name, file in self.files.items():
+            digest.update(f"{name}\0sha256:{file.sha256}\n".encode())
+        return digest.hexdigest()
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What `/api/models/NAME/revision/SHA` answers."""
+        siblings: list[dict[str, Any]] = []
+        for file_name, file in self.files.items():
+            entry: dict[str, Any] = {"rfilename": file_name, "size": file.size, "blobId": "0"}
+            if file_name.endswith(WEIGHTS):
+                entry["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": 1}
+            siblings.append(entry)
+        return {"id": name, "sha": self.revision, "siblings": siblings}
+
+
 def revision_of(folder: Path) -> str:
-    """The commit (40 hex digits) that stands for the files of `folder`: another content is another revision."""
-    digest = hashlib.sha1(usedforsecurity=False)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"{path.name}\0{file_digest(path)}\n".encode())
-    return digest.hexdigest()
+    """`Model.revision` of the files of `folder`."""
+    return Model(folder).revision
+
+
+def answer(handler: BaseHTTPRequestHandler, models: Mapping[str, Model]) -> None:
+    """Answer a GET or HEAD of the hub's API for `models` by OWNER/NAME."""
+    path = unquote(urlsplit(handler.path).path)
+    name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+    model = models.get(name)
+    if model is None:
+        _reply(handler, 404, headers={"X-Error-Code": "RepoNotFound"})
+    elif f"/{model.revision}" not in path:
+        _reply(handler, 404, headers={"X-Error-Code": "RevisionNotFound"})
+    elif path == f"/api/models/{name}/revision/{model.revision}":
+        body = json.dumps(model.described(name)).encode()
+        _reply(handler, 200, body, {"Content-Type": "application/json"})
+    elif file := model.files.get(path.removeprefix(f"/{name}/resolve/{model.revision}/")):
+        headers = {"ETag": f'"{file.sha256}"', "X-Repo-Commit": model.revision, "Content-Length": str(file.size)}
+        _reply(handler, 200, headers=headers)
+        if handler.command != "HEAD":
+            with file.path.open("rb") as source:
+                shutil.copyfileobj(source, handler.wfile)
+    else:
+        _reply(handler, 404, headers={"X-Error-Code": "EntryNotFound"})
+
+
+def _reply(
+    handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None
+) -> None:
+    handler.send_response(status)
+    for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+        handler.send_header(key, value)
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
 
 
 class Hub(LoopbackServer):
     """Serves `model` (OWNER/NAME); `url` is for HF_ENDPOINT."""
 
     def __init__(self, model: str, folder: Path, port: int = 0) -> None:
-        self.model, self.revision = model, revision_of(folder)
-        self.files = {path.name: path for path in folder.iterdir() if path.is_file()}
+        self.models = {model: Model(folder)}
+        self.revision = self.models[model].revision
         super().__init__(_Handler, port)
-
-    def described(self) -> dict[str, Any]:
-        """What `/api/models/MODEL/revision/SHA` answers."""
-        siblings: list[dict[str, Any]] = []
-        for name, path in sorted(self.files.items()):
-            size = path.stat().st_size
-            entry: dict[str, Any] = {"rfilename": name, "size": size, "blobId": "0"}
-            if name.endswith(WEIGHTS):
-                digest = file_digest(path).removeprefix("sha256:")
-                entry["lfs"] = {"sha256": digest, "size": size, "pointerSize": 1}
-            siblings.append(entry)
-        return {"id": self.model, "sha": self.revision, "siblings": siblings}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -53,26 +116,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: whoever asks tells what failed."""
 
     def _do(self) -> None:
-        hub, path = self.server, unquote(urlsplit(self.path).path)
-        if not path.startswith((f"/api/models/{hub.model}/", f"/{hub.model}/")):
-            self._answer(404, headers={"X-Error-Code": "RepoNotFound"})
-        elif f"/{hub.revision}" not in path:
-            self._answer(404, headers={"X-Error-Code": "RevisionNotFound"})
-        elif path == f"/api/models/{hub.model}/revision/{hub.revision}":
-            self._answer(200, json.dumps(hub.described()).encode(), {"Content-Type": "application/json"})
-        elif (name := path.removeprefix(f"/{hub.model}/resolve/{hub.revision}/")) in hub.files:
-            file = hub.files[name]
-            etag = file_digest(file).removeprefix("sha256:")
-            self._answer(200, file.read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": hub.revision})
-        else:
-            self._answer(404, headers={"X-Error-Code": "EntryNotFound"})
-
-    def _answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        answer(self, self.server.models)
 
     do_GET = do_HEAD = _do

@@ -6,14 +6,16 @@ import hashlib
 import itertools
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from infra.catalog import SKUS
 from localcloud.api import Api, ApiError
 from localcloud.pods import evict, pod_path, wait_for
+from localcloud.runner.node import ANNOTATION as RUNNER_ANNOTATION
 
 KWOK_ANNOTATION = "kwok.x-k8s.io/node"  # with the value `fake`: KWOK plays the kubelet of this node
+KUBELETS = {"kwok": {KWOK_ANNOTATION: "fake"}, "runner": {RUNNER_ANNOTATION: "true"}}
 POOL_ANNOTATION = "drydock.localcloud/pool-id"
 POOL_LABEL = "drydock.localcloud/pool"  # a hash of the pool's ID: an ID of Azure is no label value
 
@@ -36,25 +38,56 @@ READY_SECONDS = 30.0  # less than one on an idle machine
 DRAIN_SECONDS = 10.0  # AKS waits half an hour for pods that may not be evicted; afterwards they are ended here
 
 
-def nodes_of(pool: Mapping[str, Any], *, cluster: str, location: str) -> list[dict[str, Any]]:
+def nodes_of(
+    pool: Mapping[str, Any], *, cluster: str, location: str, kubelet: str = "kwok", indices: Iterable[int] | None = None
+) -> list[dict[str, Any]]:
     """Node manifests of `pool`: the inputs of an AgentPool, or one of a ManagedCluster's `agentPoolProfiles`.
 
-    As many as `maxCount` where the pool is autoscaled, as if it had scaled out: no autoscaler runs here; `count`
-    otherwise. Over the pool's zones in turn. `cluster` is the managed cluster's name, `location` its region. Raises
-    ValueError for a VM size whose CPUs and memory are not known.
+    Those with these `indices` in its scale set. Without: `count` of them, or `maxCount` where the pool is autoscaled,
+    as if it had scaled out. Over the pool's zones in turn. `cluster` is the managed cluster's name, `location` its
+    region, `kubelet` who keeps the nodes (one of KUBELETS). Raises ValueError for a VM size whose CPUs and memory are
+    not known, and for another kubelet.
     """
+    if kubelet not in KUBELETS:
+        raise ValueError(f"kubelet = {kubelet}: expected one of {', '.join(KUBELETS)}")
     name = str(pool.get("agentPoolName") or pool["name"])
     count = int(pool["maxCount"] if pool.get("enableAutoScaling") else pool.get("count", 1))
     zones = [f"{location}-{zone}" for zone in pool.get("availabilityZones") or ()]
-    number = int(hashlib.sha256(cluster.encode()).hexdigest(), 16) % 10**8  # AKS: one for all pools of a cluster
+    group = scale_set(pool, cluster)
+    chosen = range(count) if indices is None else indices
     return [
-        _node(pool, name, f"aks-{name}-{number:08d}-vmss{_base36(index):0>6}", location, zones, index)
-        for index in range(count)
+        _node(pool, name, f"{group}{_base36(index):0>6}", location, zones, index, KUBELETS[kubelet]) for index in chosen
     ]
 
 
+def scale_set(pool: Mapping[str, Any], cluster: str) -> str:
+    """The name that AKS gives to the pool's scale set: that of a node without its index."""
+    number = int(hashlib.sha256(cluster.encode()).hexdigest(), 16) % 10**8  # AKS: one for all pools of a cluster
+    return f"aks-{pool.get('agentPoolName') or pool['name']}-{number:08d}-vmss"
+
+
+def sized(pool: Mapping[str, Any], there: Collection[int]) -> list[int]:
+    """The indices that the nodes of an autoscaled pool have after it was made or changed: those that are `there` and as
+    many more as make `count`, and `minCount`; never more than `maxCount`."""
+    most = int(pool["maxCount"])
+    kept = sorted(there)[:most]
+    least = min(max(int(pool.get("count") or 0), int(pool.get("minCount") or 0)), most)
+    return sorted([*kept, *itertools.islice(free_indices(kept), max(0, least - len(kept)))])
+
+
+def free_indices(taken: Collection[int]) -> Iterable[int]:
+    """The indices of a scale set's next nodes: the lowest that no node has."""
+    return (index for index in itertools.count() if index not in taken)
+
+
 def _node(
-    pool: Mapping[str, Any], pool_name: str, name: str, location: str, zones: list[str], index: int
+    pool: Mapping[str, Any],
+    pool_name: str,
+    name: str,
+    location: str,
+    zones: list[str],
+    index: int,
+    annotations: Mapping[str, str],
 ) -> dict[str, Any]:
     spot = pool.get("scaleSetPriority") == "Spot"
     size = str(pool["vmSize"])
@@ -83,7 +116,7 @@ def _node(
         "metadata": {
             "name": name,
             "labels": labels | dict(pool.get("nodeLabels") or {}),
-            "annotations": {KWOK_ANNOTATION: "fake"},
+            "annotations": dict(annotations),
         },
         "spec": {"taints": [_taint(text) for text in taints]},
         "status": {
@@ -169,20 +202,42 @@ def sync(api: Api, pool_id: str, manifests: list[dict[str, Any]]) -> None:
     are there, as AKS changes them in place. A node that goes is drained before: its pods move to other nodes, if there
     are any for them.
     """
-    mark = hashlib.sha256(pool_id.lower().encode()).hexdigest()[:16]  # Azure's IDs ignore case
     wanted = {manifest["metadata"]["name"] for manifest in manifests}
-    there = [node["metadata"]["name"] for node in api.list("/api/v1/nodes", labelSelector=f"{POOL_LABEL}={mark}")]
+    there = [node["metadata"]["name"] for node in api.list("/api/v1/nodes", labelSelector=_selector(pool_id))]
+    put(api, pool_id, manifests)
+    remove(api, [name for name in there if name not in wanted])
+    for name in sorted(wanted):
+        wait_for(api, f"/api/v1/nodes/{name}", _ready, READY_SECONDS)
+
+
+def put(api: Api, pool_id: str, manifests: list[dict[str, Any]]) -> None:
+    """Make these nodes of the pool with this ID of Azure, or change them; whether they are ready is not waited for."""
     for manifest in manifests:
         metadata = manifest["metadata"]
-        labels = metadata["labels"] | {POOL_LABEL: mark}
+        labels = metadata["labels"] | {POOL_LABEL: mark(pool_id)}
         annotations = metadata["annotations"] | {POOL_ANNOTATION: pool_id}
         named = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": metadata["name"]}}
         described = {**metadata, "labels": labels, "annotations": annotations}
         api.apply({**named, "metadata": described, "spec": manifest["spec"]})
         api.apply({**named, "status": manifest["status"]}, "status")
-    _remove(api, [name for name in there if name not in wanted])
-    for name in sorted(wanted):
-        wait_for(api, f"/api/v1/nodes/{name}", _ready, READY_SECONDS)
+
+
+def taken_indices(api: Api, pool_id: str) -> list[int]:
+    """Of the nodes that the pool has, in its scale set."""
+    return [index_of(node) for node in api.list("/api/v1/nodes", labelSelector=_selector(pool_id))]
+
+
+def index_of(node: Mapping[str, Any]) -> int:
+    return int(node["metadata"]["name"][-6:], 36)
+
+
+def mark(pool_id: str) -> str:
+    """What POOL_LABEL is on the pool's nodes. Azure's IDs ignore case."""
+    return hashlib.sha256(pool_id.lower().encode()).hexdigest()[:16]
+
+
+def _selector(pool_id: str) -> str:
+    return f"{POOL_LABEL}={mark(pool_id)}"
 
 
 def _ready(node: dict[str, Any]) -> bool:
@@ -192,11 +247,12 @@ def _ready(node: dict[str, Any]) -> bool:
     return not waiting and any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
 
-def _remove(api: Api, nodes: list[str]) -> None:
+def remove(api: Api, nodes: list[str]) -> None:
+    """Drain these nodes and take them away; what does not go by itself in DRAIN_SECONDS is ended."""
     for node in nodes:
         api.patch(f"/api/v1/nodes/{node}", {"spec": {"unschedulable": True}})
     deadline = time.monotonic() + DRAIN_SECONDS
-    while (moving := [pod for pod in _pods_on(api, nodes) if not _of_daemon_set(pod)]) and time.monotonic() < deadline:
+    while (moving := [pod for pod in _pods_on(api, nodes) if not of_daemon_set(pod)]) and time.monotonic() < deadline:
         for pod in moving:
             if "deletionTimestamp" not in pod["metadata"]:
                 _evict(api, pod)
@@ -212,7 +268,7 @@ def _pods_on(api: Api, nodes: list[str]) -> list[dict[str, Any]]:
     return [pod for node in nodes for pod in api.list("/api/v1/pods", fieldSelector=f"spec.nodeName={node}")]
 
 
-def _of_daemon_set(pod: dict[str, Any]) -> bool:
+def of_daemon_set(pod: dict[str, Any]) -> bool:
     """Whether it belongs to its node and would come back there: a drain leaves it."""
     return any(owner["kind"] == "DaemonSet" for owner in pod["metadata"].get("ownerReferences", []))
 

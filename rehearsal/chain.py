@@ -26,7 +26,7 @@ from common.files import file_digest, read_json, read_jsonl, write_json
 from common.processes import Processes, free_ports, python, wait_for
 from common.settings import SettingsError, load_settings
 from rehearsal.fleet import Fleet
-from rehearsal.memory import MemoryWatch
+from common.memory import MemoryWatch
 from serving.spec import ServingSpec
 from training.base import base_folder, base_revision
 from training.spec import TuningSpec

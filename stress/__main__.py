@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from common import exits
 from common.settings import SettingsError, explain, load_settings
@@ -30,7 +30,8 @@ examples   python -m stress run --target http://127.0.0.1:8000 --dataset data.js
 
 A settings file holds the fields that `python -m stress settings` lists; options given here override it.
 exit codes {exits.OK} measured    {exits.FAILED} not measured (the reason is printed)
-           {exits.INPUT} arguments or settings to mend    {exits.INTERRUPTED} SIGINT    {exits.TERMINATED} SIGTERM
+           {exits.INPUT} arguments or settings to mend    {exits.GATE} measured, but a bound of `slo` was not kept
+           {exits.INTERRUPTED} SIGINT    {exits.TERMINATED} SIGTERM
 """
 
 SCALARS: dict[str, type] = {
@@ -52,7 +53,9 @@ SCALARS: dict[str, type] = {
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", type=Path, required=True, help="JSONL whose rows become the prompts")
+    parser.add_argument(
+        "--dataset", type=Path, required=True, help="JSONL whose rows become the prompts, or a folder of such files"
+    )
     parser.add_argument("--out", type=Path, required=True, help="output folder of the whole chain")
     parser.add_argument("--settings", type=Path, help="YAML or JSON with the load's settings")
     parser.add_argument(
@@ -106,6 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="load an endpoint; writes OUT/stress/SCENARIO/{requests.jsonl,summary.json}")
     run.add_argument("--target", required=True, help="URL of the OpenAI-compatible server or router")
     run.add_argument("--scenario", default="load", help="name of this run's folder [%(default)s]")
+    run.add_argument(
+        "--wait-seconds",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="wait so long for a model that does not answer yet, and for a role just granted to count [0]",
+    )
+    run.add_argument(
+        "--push", metavar="DST", help="write the report afterwards and put OUT there: az://ACCOUNT/CONTAINER/PATH"
+    )
     run.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # the drills put their phases elsewhere
     run.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
     run.add_argument("--open-ended", action="store_true", help=argparse.SUPPRESS)
@@ -131,9 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "settings":
-            for name, field in LoadSpec.model_fields.items():
-                default = "required" if field.is_required() else json.dumps(field.default)
-                print(f"{name}: {default}\n    {field.description}")
+            _settings(LoadSpec)
             return exits.OK
         if arguments.command == "run":
             return _run(arguments)
@@ -145,6 +156,15 @@ def main(argv: list[str] | None = None) -> int:
         return exits.INTERRUPTED
 
 
+def _settings(model: type[BaseModel], prefix: str = "") -> None:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _settings(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default)
+        print(f"{prefix}{name}: {default}\n    {field.description}")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from stress.prompts import read_rows
 
@@ -152,16 +172,26 @@ def _run(arguments: argparse.Namespace) -> int:
     check_target(arguments.target, arguments.allow_remote)
     rows = read_rows(arguments.dataset)
     folder = arguments.folder or arguments.out / "stress" / arguments.scenario
+    place = None
+    if arguments.push:
+        from stress import delivery
+
+        place = delivery.opened(arguments.push, arguments.wait_seconds)
     from stress.load import run
 
-    return run(
+    code = run(
         arguments.target,
         spec,
         rows,
         folder,
+        wait_seconds=arguments.wait_seconds,
         follow_parent=arguments.follow_parent,
         open_ended=arguments.open_ended,
     )
+    if place is None or not (folder / "summary.json").exists():
+        return code
+    delivered = delivery.deliver(arguments.out, place)
+    return code or delivered  # a breach is the news, whatever became of its report
 
 
 def _drill(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from common.chat import Message
 from common.settings import SettingsError
@@ -63,11 +63,17 @@ class AnswerError(Exception):
         self.detail = detail[:300] if detail else None
 
 
-def is_loopback(url: str) -> bool:
-    """Whether every address of `url`'s host is this machine's loopback. Raises `ValueError` for an unusable URL."""
+def _checked(url: str) -> SplitResult:
+    """The parts of `url`. Raises `ValueError` for an unusable one."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"not a URL like http://127.0.0.1:8000, found {url!r}")
+    return parts
+
+
+def is_loopback(url: str) -> bool:
+    """Whether every address of `url`'s host is this machine's loopback. Raises `ValueError` for an unusable URL."""
+    parts = _checked(url)
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -76,9 +82,12 @@ def is_loopback(url: str) -> bool:
 
 
 def check_target(url: str, allow_remote: bool) -> None:
-    """Raise `SettingsError` for a target that is not loopback, unless that was asked for."""
+    """Raise `SettingsError` for a target that is not loopback, unless that was asked for.
+
+    Then its name need not have an address yet: the Service may be younger than the Job that asks it.
+    """
     try:
-        if is_loopback(url) or allow_remote:
+        if (allow_remote and _checked(url)) or is_loopback(url):
             return
     except ValueError as error:
         raise SettingsError([f"target: {error}"]) from None

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from stress.spec import Slo
+
 PERCENTILES = "linear interpolation between nearest ranks, rank = p/100 * (n - 1)"
 Row = Mapping[str, Any]
 
@@ -133,3 +135,33 @@ def ttft_values(rows: Iterable[Row]) -> list[float]:
 def failed(rows: Iterable[Row]) -> int:
     """How many of `rows` failed."""
     return sum(row["error"] is not None for row in rows)
+
+
+def bounds(summary: Mapping[str, Any], slo: Slo) -> list[dict[str, Any]]:
+    """What became of each bound that `slo` gives: `{name, at_most, measured, held}`, in the order of its fields.
+
+    Without a figure `measured` is not there, the bound is not held, and `reason` says why.
+    """
+    absent = summary.get("absent", {})
+    measured: dict[str, tuple[float | None, str]] = {
+        "ttft_p95_ms": (summary.get("ttft_ms", {}).get("p95"), absent.get("ttft_ms", "")),
+        "itl_p95_ms": (summary.get("itl_ms", {}).get("p95"), absent.get("itl_ms", "")),
+        "error_rate": (
+            round(summary["failed"] / summary["requests"], 6) if summary["requests"] else None,
+            "no requests were sent",
+        ),
+    }
+    found = []
+    for name, most in slo.model_dump(exclude_none=True).items():
+        value, reason = measured[name]
+        entry = {"name": name, "at_most": most}
+        found.append(
+            entry | ({"reason": reason, "held": False} if value is None else {"measured": value, "held": value <= most})
+        )
+    return found
+
+
+def told(bound: Mapping[str, Any]) -> str:
+    """A bound in words: `ttft_p95_ms: 912.3, at most 800: not held`."""
+    seen = f"{bound['measured']:g}" if "measured" in bound else f"not measured ({bound['reason']})"
+    return f"{bound['name']}: {seen}, at most {bound['at_most']:g}: {'held' if bound['held'] else 'not held'}"

@@ -32,11 +32,16 @@ from stress.prompts import PromptSource, Turns
 from stress.spec import LoadSpec
 
 PROGRESS_SECONDS = 2.0
+WAIT_POLL_SECONDS, WAIT_LINE_SECONDS = 2.0, 30.0  # between two attempts of a load that waits, and between its log lines
 CALIBRATION_CHARACTERS = 256  # short enough for any context length, long enough to average over words
 
 
 class TargetError(Exception):
-    """The target did not answer as a chat endpoint should; nothing was loaded."""
+    """The target did not answer as a chat endpoint should; nothing was loaded. `lasting`: waiting would not help."""
+
+    def __init__(self, text: str, *, lasting: bool = False) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 def preflight(target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float:
@@ -53,14 +58,19 @@ def preflight(target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float:
         # one token may well be the end of turn: an empty answer proves the path as well
         if record.error not in (None, "empty answer"):
             what = record.error + (f": {record.error_detail}" if record.error_detail else "")
-            raise TargetError(f"{target} does not serve {model!r} with a prompt of about {tokens} tokens: {what}")
+            raise TargetError(
+                f"{target} does not serve {model!r} with a prompt of about {tokens} tokens: {what}",
+                lasting=record.status in (400, 413, 422),  # the request itself is refused
+            )
         return sum(len(message["content"]) for message in messages), record
 
     for number, model in enumerate(spec.models):
         characters, record = one(model, PromptSource(rows, spec.seed, 1.0), -1 - number, CALIBRATION_CHARACTERS)
         if factor is None:
             if not record.prompt_tokens:
-                raise TargetError(f"{target} sends no usage.prompt_tokens: give chars_per_token in the settings")
+                raise TargetError(
+                    f"{target} sends no usage.prompt_tokens: give chars_per_token in the settings", lasting=True
+                )
             factor = characters / record.prompt_tokens
     assert factor is not None
     longest = spec.prompt_tokens * (spec.long_multiplier if spec.long_share else 1)
@@ -149,11 +159,13 @@ def run(
     rows: list[dict[str, Any]],
     folder: Path,
     *,
+    wait_seconds: float = 0.0,
     follow_parent: bool = False,
     open_ended: bool = False,
 ) -> int:
     """Run the load, write `requests.jsonl` as it happens and `summary.json` at the end; return the exit code.
 
+    `wait_seconds` is for models that do not answer yet. Each bound of `spec.slo` is told; one not held is exit code 3.
     SIGUSR1 ends it as if the time were up (requests under way are awaited); SIGINT and SIGTERM end it at once, with
     130 and 143 and without a summary. With `follow_parent` it also ends when the process that started it is gone;
     `open_ended` only says that a SIGUSR1 is expected, so the time left is not foretold.
@@ -168,7 +180,7 @@ def run(
     gevent.signal_handler(signal.SIGTERM, interrupts.append, exits.TERMINATED)
     gevent.signal_handler(signal.SIGUSR1, early_end.append, 1)
 
-    check = gevent.spawn(_catch_target_error, target, spec, rows)
+    check = gevent.spawn(_preflight_within, wait_seconds, target, spec, rows)
     while not check.ready():
         gevent.sleep(0.05)
         if interrupts:
@@ -221,7 +233,7 @@ def run(
     summary = {
         "scenario": folder.name,
         "target": target,
-        "spec": spec.model_dump(),
+        "spec": spec.model_dump(exclude_none=True),
         "chars_per_token": round(source.chars_per_token, 3),
         "started_at": round(began, 3),
         "window": {"started_at": round(window[0], 3), "ended_at": round(window[1], 3), "excludes": "ramp"},
@@ -230,6 +242,9 @@ def run(
         "percentiles": figures.PERCENTILES,
         "versions": {"locust": version("locust"), "python": platform.python_version()},
     }
+    bounds = figures.bounds(summary, spec.slo)
+    if bounds:
+        summary["bounds"] = bounds
     write_json(folder / "summary.json", summary)
     shown = {
         key: summary[key]
@@ -240,14 +255,25 @@ def run(
     if load.done == load.failed:
         print(f"stress: no request succeeded: {summary['failures_by_reason']}", file=sys.stderr)
         return exits.FAILED
-    return exits.OK
+    for bound in bounds:
+        print(f"stress: {figures.told(bound)}", file=sys.stderr)
+    return exits.OK if all(bound["held"] for bound in bounds) else exits.GATE
 
 
-def _catch_target_error(target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float | TargetError:
-    try:
-        return preflight(target, spec, rows)
-    except TargetError as error:
-        return error
+def _preflight_within(seconds: float, target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float | TargetError:
+    """Characters per token, or what was still wrong after so many seconds: a model may be in tuning, or asleep."""
+    began = next_line = time.monotonic()
+    while True:
+        try:
+            return preflight(target, spec, rows)
+        except TargetError as error:
+            now = time.monotonic()
+            if error.lasting or now - began >= seconds:
+                return error
+            if now >= next_line:
+                next_line = now + WAIT_LINE_SECONDS
+                print(f"stress: waiting, {now - began:.0f} of {seconds:g} s: {error}", file=sys.stderr, flush=True)
+        gevent.sleep(WAIT_POLL_SECONDS)
 
 
 class Progress:

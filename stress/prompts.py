@@ -13,7 +13,19 @@ from common.settings import SettingsError
 
 
 def read_rows(path: Path, limit: int = 20_000) -> list[dict[str, Any]]:
-    """The first `limit` rows of the dataset `path`; raises `SettingsError` naming up to ten bad lines."""
+    """The first `limit` rows of the dataset `path`, or of all `*.jsonl` in the folder `path`, as many of each.
+
+    Raises `SettingsError` naming up to ten bad lines of a file.
+    """
+    if not path.is_dir():
+        return _rows(path, limit)
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise SettingsError([f"{path}: holds no *.jsonl to make prompts from"])
+    return [row for file in files for row in _rows(file, max(1, limit // len(files)))]
+
+
+def _rows(path: Path, limit: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     try:

@@ -17,6 +17,7 @@ from typing import Any
 
 from common import exits
 from common.files import read_jsonl, write_atomic, write_json
+from stress import figures
 
 Json = dict[str, Any]
 
@@ -261,9 +262,34 @@ def build(root: Path) -> Json:
             report |= builder._clean({key: rehearsal[key]}, "rehearsal", "rehearsal.json")
     if builder.stages:
         report["stages"] = builder._clean(builder.stages, "stages", "rehearsal.json")
+    if "stress" in report and not (rehearsal or adapters or report["drills"]):
+        report["alone"] = True
+        # Of what a load by itself does not mean to be.
+        chain = {"stages", *ADAPTER_FILES, *(f"drills.{name}" for name in DRILLS)}
+        report["absent"] = dict(sorted((path, text) for path, text in absent.items() if path not in chain))
+        report["verdict"] = _load_verdict(report["stress"])
+        return report
     report["verdict"] = _verdict(report, builder)
     report["absent"] = dict(sorted(absent.items()))
     return report
+
+
+def _load_verdict(stress: Json) -> Json:
+    """As `_verdict`, for a load without a chain; status is held, not_held or measured (no bounds were given)."""
+    bounds = [bound for bound in stress.get("bounds", []) if isinstance(bound, dict)]
+    broken = [bound for bound in bounds if not bound.get("held")]
+    asked = f"{figure(stress.get('requests'))} requests, {figure(stress.get('failed'))} failed"
+    notes = [figures.told(bound) for bound in bounds]
+    if not bounds:
+        return {
+            "status": "measured",
+            "headline": "The load is measured; no bounds were given",
+            "text": asked,
+            "notes": [],
+        }
+    held = f"{len(bounds) - len(broken)} of {len(bounds)} bounds held"
+    headline = f"The load broke its bounds: {held}" if broken else f"The load kept its bounds: {held}"
+    return {"status": "not_held" if broken else "held", "headline": headline, "text": asked, "notes": notes}
 
 
 def _versions(*sources: Json) -> Json:

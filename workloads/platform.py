@@ -65,9 +65,12 @@ class Platform(pulumi.ComponentResource):
         self.serving = Namespace(
             "serving",
             # One more than there are: a replica on its way out still counts, and would keep the one that follows out.
-            NamespaceArgs(SERVING, "restricted", gpus[env.serving.pool] + 1, {"serving": identities.serving.client_id}),
+            NamespaceArgs(
+                SERVING, "restricted", gpus[env.serving.pool] + 1,
+                {"serving": identities.serving.client_id, "stress": identities.stress.client_id},
+            ),
             child,
-        )
+        )  # fmt: skip
         system = Namespace("gpu", NamespaceArgs(GPU, "privileged", 0), child)
         DevicePlugin("device-plugin", DevicePluginArgs(system.name, args.registry.cache_prefix, list(env.pools)), child)
         if env.cluster.provisioning == "automatic":

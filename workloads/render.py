@@ -26,6 +26,7 @@ from pulumi.runtime import mocks, rpc
 
 from common import cli, exits
 from common.settings import SettingsError
+from infra.settings import SECRETS
 
 ROOT = Path(__file__).parents[1]
 INDEX = "index.txt"
@@ -138,7 +139,10 @@ def _hidden(value: Any) -> Any:
 
 
 def stack_config(root: Path, stack: str) -> tuple[str, dict[str, Any], list[str]]:
-    """Project name, configuration of `stack` as Pulumi would hand it over, and the keys left out because encrypted.
+    """Project name, configuration of `stack` as Pulumi would hand it over, and the places of what is encrypted there.
+
+    What may be secret (`SECRETS`) has a placeholder, so that the objects that come of it are there; what else is
+    encrypted is left out.
 
     Raises `SettingsError` for a stack without a file, with those that have one, and for a file that is no YAML.
     """
@@ -164,12 +168,12 @@ def stack_config(root: Path, stack: str) -> tuple[str, dict[str, Any], list[str]
 
 
 def _decrypted(value: Any, place: str, encrypted: list[str]) -> Any:
-    """`value` without what is encrypted (`secure: ...`), whose places join `encrypted`; None: nothing is left."""
+    """`value` without what is encrypted (`secure: ...`), see `stack_config`; None: nothing is left."""
     if not isinstance(value, dict):
         return value
     if set(value) == {"secure"}:
         encrypted.append(place)
-        return None
+        return SECRET if place.partition(":")[2].partition(".")[0] in SECRETS else None
     kept = {key: _decrypted(item, f"{place}.{key}", encrypted) for key, item in value.items()}
     return {key: item for key, item in kept.items() if item is not None} if value else value
 
@@ -181,7 +185,7 @@ def declared(root: Path, project: str, stack: str, config: Mapping[str, Any]) ->
     with _event_loop():
         # As a preview: the program is lenient then with what only `pulumi up` needs, such as kubelogin.
         pulumi.runtime.set_mocks(recorder, project=project, stack=stack, preview=True, organization="organization")
-        pulumi.runtime.set_all_config(texts, [])
+        pulumi.runtime.set_all_config(texts, [f"{project}:{key}" for key in SECRETS])
         program = str(root / "__main__.py")
         try:
             run = mocks.test(lambda: (runpy.run_path(program), None)[1])  # type: ignore[no-untyped-call]
@@ -268,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
 def _render(arguments: argparse.Namespace) -> int:
     project, config, encrypted = stack_config(ROOT, arguments.stack)
     for place in encrypted:
-        print(f"{place}: encrypted, and left out here", file=sys.stderr)
+        print(f"{place}: encrypted, and not read here", file=sys.stderr)
     logging.getLogger("pulumi").setLevel(logging.ERROR)
     names = write(declared(ROOT, project, arguments.stack, config), arguments.out)
     for name in names:

@@ -116,7 +116,7 @@ class Router(pulumi.ComponentResource):
             ),
             opts=patient,
         )
-        inside = pulumi.Output.format("http://{0}.{1}.svc.cluster.local", SERVICE, args.namespace)
+        inside = inside_url(args.namespace)
         self.url = pulumi.Output.all(inside, service.status.apply(_given)).apply(_address) if vnet else inside
         self.register_outputs({"url": self.url})
 
@@ -147,6 +147,11 @@ class Router(pulumi.ComponentResource):
         )
         name_made: pulumi.Output[str] = account.metadata.apply(lambda made: str(made.name))
         return name_made
+
+
+def inside_url(namespace: pulumi.Input[str]) -> pulumi.Output[str]:
+    """Base of the OpenAI API, without /v1, for pods of this cluster."""
+    return pulumi.Output.format("http://{0}.{1}.svc.cluster.local", SERVICE, namespace)
 
 
 def _given(status: core.v1.outputs.ServiceStatus | None) -> str | None:

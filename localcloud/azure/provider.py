@@ -23,7 +23,7 @@ from pulumi.runtime.proto import plugin_pb2, provider_pb2, provider_pb2_grpc, st
 from localcloud.azure import faults, refusals, rules, types
 from localcloud.azure.changes import changes, refuse_frozen
 from localcloud.azure.errors import AzureError, HalfMade, ProviderError
-from localcloud.azure.hands import Hands, manifests
+from localcloud.azure.hands import CLUSTER, POOL, Hands, Pool, pools_of
 from localcloud.azure.outputs import outputs
 from localcloud.azure.rules import DEPLOYER, SUBSCRIPTION, TENANT, Rule
 from localcloud.azure.values import UNKNOWN, has_unknown, plain, struct
@@ -31,7 +31,6 @@ from localcloud.azure.world import Record, Resources, World
 
 THROTTLE_SECONDS = 0.2  # the provider waits 20, 60 and 120 s
 RETRIES = 3
-CLUSTER, POOL = "azure-native:containerservice:ManagedCluster", "azure-native:containerservice:AgentPool"
 IDENTITY = "azure-native:managedidentity:UserAssignedIdentity"
 CONTAINER = "azure-native:storage:BlobContainer"
 
@@ -266,32 +265,21 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 return fault
         return None
 
-    def _put(
-        self, resources: Resources, token: str, id_: str, inputs: dict[str, Any]
-    ) -> tuple[Record, dict[str, list[dict[str, Any]]]]:
-        """The resource as it now is, and the nodes that belong to it, by the ID of their pool."""
+    def _put(self, resources: Resources, token: str, id_: str, inputs: dict[str, Any]) -> tuple[Record, list[Pool]]:
+        """The resource as it now is, and the pools of nodes that belong to it."""
         identities = {record.id.lower(): record.outputs for record in resources.of(IDENTITY)}
         record = Record(id_, token, inputs, outputs(token, id_, inputs, identities))
-        pools = self._pools(resources, record)
+        pools = pools_of(resources, record)
+        for pool in pools:
+            self._hands.check(pool)
         resources.put(record)
         return record, pools
 
-    def _pools(self, resources: Resources, made: Record) -> dict[str, list[dict[str, Any]]]:
-        """The nodes of what was made, by the ID of their pool."""
-        cluster = made if made.token == CLUSTER else resources.get(rules.parent_of(made.id))
-        if made.token not in (CLUSTER, POOL) or cluster is None:
-            return {}
-        pools = {made.id: made.inputs}
-        if made.token == CLUSTER:
-            pools = {f"{made.id}/agentPools/{pool['name']}": pool for pool in made.inputs.get("agentPoolProfiles", [])}
-        name, location = cluster.id.rpartition("/")[2], str(cluster.inputs.get("location"))
-        return {id_: manifests(pool, cluster=name, location=location) for id_, pool in pools.items()}
-
-    def _finish(self, made: Record, pools: Mapping[str, list[dict[str, Any]]], fault: faults.Fault | None) -> None:
+    def _finish(self, made: Record, pools: list[Pool], fault: faults.Fault | None) -> None:
         """What stands outside of the world: nodes, blob containers. What fails here is there nevertheless."""
         try:
-            for id_, nodes in pools.items():
-                self._hands.nodes(id_, nodes)
+            for pool in pools:
+                self._hands.nodes(pool)
             if made.token == CONTAINER:
                 self._hands.container(made.id.rpartition("/")[2])
             if fault and fault.kind == "half_made":

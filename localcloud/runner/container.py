@@ -60,8 +60,9 @@ class Container:
 
     def back_off(self, first: float) -> float:
         """Seconds until it is started again: 0, then `first`, then twice as long each time."""
-        if time.monotonic() - self._began > STABLE_SECONDS:
+        if self._began and time.monotonic() - self._began > STABLE_SECONDS:
             self.delay = 0.0
+        self._began = 0.0  # counted once: an image that cannot be pulled starts nothing
         seconds, self.delay = self.delay, min(max(2 * self.delay, first), MAX_BACKOFF_SECONDS)
         return seconds
 

@@ -19,16 +19,18 @@ GOOD = {
 }
 
 
-def keep_ready(api: Api, node: Mapping[str, Any]) -> None:
-    """Renew the lease of `node`, and say that it is Ready where it does not say so."""
+def keep_ready(api: Api, node: Mapping[str, Any], kubelet_port: int = 0) -> None:
+    """Renew the lease of `node`, and say that it is Ready and where its kubelet listens where it does not say so."""
     name = node["metadata"]["name"]
-    if not is_ready(node):
+    if not is_ready(node, kubelet_port):
         conditions = [
             {"type": kind, "status": status, "reason": reason, "message": message, "lastHeartbeatTime": now(),
              "lastTransitionTime": now()}
             for kind, (status, reason, message) in GOOD.items()
         ]  # fmt: skip
-        api.patch(f"/api/v1/nodes/{name}/status", {"status": {"conditions": conditions}}, "strategic")
+        endpoints = {"kubeletEndpoint": {"Port": kubelet_port}}
+        status = {"conditions": conditions, "daemonEndpoints": endpoints}
+        api.patch(f"/api/v1/nodes/{name}/status", {"status": status}, "strategic")
     owner = {"apiVersion": "v1", "kind": "Node", "name": name, "uid": node["metadata"]["uid"]}
     api.apply(
         {
@@ -44,10 +46,12 @@ def keep_ready(api: Api, node: Mapping[str, Any]) -> None:
     )
 
 
-def is_ready(node: Mapping[str, Any]) -> bool:
+def is_ready(node: Mapping[str, Any], kubelet_port: int = 0) -> bool:
     """Whether it says all that `keep_ready` has it say."""
-    given = {item["type"]: item["status"] for item in node.get("status", {}).get("conditions", [])}
-    return all(given.get(kind) == status for kind, (status, _, _) in GOOD.items())
+    status = node.get("status", {})
+    given = {item["type"]: item["status"] for item in status.get("conditions", [])}
+    port = status.get("daemonEndpoints", {}).get("kubeletEndpoint", {}).get("Port", 0)  # 0: none
+    return port == kubelet_port and all(given.get(kind) == status for kind, (status, _, _) in GOOD.items())
 
 
 def address(node: Mapping[str, Any]) -> str:

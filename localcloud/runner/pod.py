@@ -84,9 +84,9 @@ class PodRun(threading.Thread):
         self._mains = [Container(item, False, seen[item["name"]], self._events, self._woken.set) for item in mains]
 
     def see(self, pod: dict[str, Any]) -> None:
-        """The pod as the API server has it now."""
+        """The pod as the API server has it now; what its containers are was settled when it began."""
         if int(pod["metadata"]["resourceVersion"]) > int(self._pod["metadata"]["resourceVersion"]):
-            self._pod = pod
+            self._pod = {**pod, "spec": self._pod["spec"]}
             self._woken.set()
 
     def vanish(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.processes import die_with_parent
 from localcloud.runner import enter
+from localcloud.runner.logs import entry, times_file
 
 START_SECONDS = 30.0  # a tenth of one on an idle machine
 _dies = lambda: die_with_parent(signal.SIGKILL)  # noqa: E731
@@ -79,9 +80,15 @@ class Namespaced:
     def _copy(self, log: Path | None) -> None:
         assert log is not None and self._process.stdout is not None
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab", buffering=0) as file, self._process.stdout as output:
+        times_of = times_file(log)
+        with (
+            log.open("ab", buffering=0) as file,
+            times_of.open("ab", buffering=0) as times,
+            self._process.stdout as output,
+        ):
             while piece := os.read(output.fileno(), 65536):
                 file.write(piece)
+                times.write(entry(file.tell()))
 
     def ended(self) -> int | None:
         """The exit code, 128 + the signal where it was killed by one; None while it runs. Then the log is whole."""

@@ -1,6 +1,6 @@
 """The pod runner: real processes for the pods of some nodes of a local cluster, against its real API server.
 
-It needs root and iproute2. `kubectl logs` and `exec` need a kubelet's server and do not work: see `logs.read_log`.
+It needs root and iproute2. `kubectl exec` does not work; `kubectl logs` does with `kubelet_port` (see `kubelet.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 from common.settings import SettingsError
 from localcloud.api import Api, ApiError
 from localcloud.runner.images import Images
+from localcloud.runner.kubelet import Kubelet
 from localcloud.runner.network import Network
-from localcloud.runner.node import ANNOTATION, LEASE_SECONDS, is_ready, keep_ready
+from localcloud.runner.node import ANNOTATION, LEASE_SECONDS, address, is_ready, keep_ready
 from localcloud.runner.pod import PodRun, Surroundings
 
 POLL_SECONDS = 0.5
@@ -29,6 +30,7 @@ PULLS = 2  # images fetched at a time
 BACKOFF_SECONDS = 10.0  # the kubelet's first; then twice as long each time, up to 5 minutes
 REFRESH_SECONDS = 30.0  # volumes from ConfigMaps, Secrets and tokens; a kubelet takes about a minute
 PROGRAMS = ("ip", "nsenter", "sleep")
+Dress = Callable[[dict[str, Any]], dict[str, Any]]
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +51,11 @@ class Runner:
     Its nodes are those in `node_names`, or, without that, those annotated `drydock.local/runner: "true"`, as they come
     and go. `folder` gets the logs (`pods/`, kept), the nodes' own disks (`nodes/`, which last as long as their nodes; a
     hostPath is there) and what running pods need (`run/`). `service_host` and `service_port` are what pods find in
-    KUBERNETES_SERVICE_HOST and _PORT; `nameserver` is for their /etc/resolv.conf: without one, Services' names are in
-    /etc/hosts. When it is left or killed, all processes are killed; a pod whose processes are gone is reported so when
-    the next runner finds it. Raises `SettingsError` where it cannot work (`problems`), or the folder is in use.
+    KUBERNETES_SERVICE_HOST and _PORT; `dress` changes a pod before it runs, as a webhook would; `nameserver` is for
+    their /etc/resolv.conf: without one, Services' names are in /etc/hosts. With `kubelet_port` a kubelet's server
+    listens there, and the nodes' addresses are on `lo`: for a network namespace of the cluster's own. When it is left
+    or killed, all processes are killed; a pod whose processes are gone is reported so when the next runner finds it.
+    Raises `SettingsError` where it cannot work (`problems`), or the folder is in use.
     """
 
     def __init__(
@@ -65,11 +69,14 @@ class Runner:
         service_port: int = 443,
         nameserver: str = "",
         network: Network | None = None,
+        dress: Dress | None = None,
+        kubelet_port: int | None = None,
         backoff_seconds: float = BACKOFF_SECONDS,
         refresh_seconds: float = REFRESH_SECONDS,
     ) -> None:
         self._api, self._folder, self._names = api, folder.resolve(), node_names
-        self._network = network or Network()
+        self._network, self._dress = network or Network(), dress or (lambda pod: pod)
+        self._kubelet = None if kubelet_port is None else Kubelet(api, self._folder, kubelet_port)
         self._pulls = ThreadPoolExecutor(PULLS, thread_name_prefix="image")
         port = str(service_port)
         where = {"KUBERNETES_SERVICE_HOST": service_host, "KUBERNETES_SERVICE_PORT": port,
@@ -97,6 +104,8 @@ class Runner:
             except BlockingIOError:
                 raise SettingsError([f"{self._folder}: another runner uses it: end that one"]) from None
             opened.enter_context(self._network)
+            if self._kubelet is not None:
+                opened.enter_context(self._kubelet)
             self._thread.start()
             self._open = opened.pop_all()
         return self
@@ -132,10 +141,14 @@ class Runner:
         for name in self._nodes.keys() - ours.keys():
             self._lose(name, disk_too=name not in nodes)
         self._nodes = ours
+        port = 0
+        if self._kubelet is not None:
+            self._kubelet.hold(filter(None, map(address, ours.values())))
+            port = self._kubelet.port
         due = time.monotonic() > self._leases_at
         for node in ours.values():
-            if due or not is_ready(node):
-                keep_ready(self._api, node)
+            if due or not is_ready(node, port):
+                keep_ready(self._api, node, port)
         if due:
             self._leases_at = time.monotonic() + LEASE_SECONDS / 4
 
@@ -164,7 +177,7 @@ class Runner:
             if uid in self._runs:
                 self._runs[uid].see(pod)
             elif node := self._nodes.get(pod["spec"].get("nodeName", "")):
-                self._runs[uid] = PodRun(pod, node, self._around)
+                self._runs[uid] = PodRun(self._dress(pod), node, self._around)
                 self._runs[uid].start()
         for uid, run in list(self._runs.items()):
             if uid not in found:

@@ -17,7 +17,7 @@ import pytest
 from common import processes as module
 from common.files import write_json, write_jsonl
 from common.processes import Processes, python, wait_for
-from rehearsal.memory import MemoryWatch
+from common.memory import MemoryWatch
 
 
 def family(path: Path, trap: str = ":;") -> list[str]:

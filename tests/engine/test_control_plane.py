@@ -144,6 +144,8 @@ def test_what_others_read(plane: ControlPlane) -> None:
         "token": plane.token,
         "ca_file": str(plane.ca_file),
         "kubeconfig": plane.kubeconfig,
+        "kubelet": "kwok",
+        "autoscaler": False,
     }
     person = yaml.safe_load((plane.folder / "kubeconfig").read_text())
     assert person["users"][0]["user"] == {"token": plane.token}

@@ -5,6 +5,7 @@ Needs root, iproute2, overlayfs and a static busybox (Debian: busybox-static), e
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,8 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -455,3 +457,67 @@ def test_a_killed_runner_leaves_nothing_and_the_next_one_tells_what_was_lost(
         api.delete(f"{PODS}/never")
         wait_for(api, f"{PODS}/never", lambda found: not found)
     assert traces(tmp_path) == nothing
+
+
+CLONE_NEWNET = 0x40000000  # sched.h
+
+
+def in_own_network(body: Callable[[], None]) -> None:
+    """Run `body` in a network namespace, which its threads and processes share, and which goes with them."""
+
+    def run() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(CLONE_NEWNET) != 0:  # of this thread alone
+            raise OSError(ctypes.get_errno(), "unshare")
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        body()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
+
+
+def test_logs_come_from_the_api_server_as_kubectl_asks_for_them(tools: Tools, images: Busybox, tmp_path: Path) -> None:
+    in_own_network(lambda: logs_come(tools, images, tmp_path))
+
+
+def logs_come(tools: Tools, images: Busybox, tmp_path: Path) -> None:
+    with ControlPlane(tmp_path / "plane", tools) as plane, plane.client() as api:
+        node(api, NODE)
+        api.apply(namespace(PLACE))
+        wait_for(api, f"/api/v1/namespaces/{PLACE}/serviceaccounts", lambda found: found["items"])
+
+        def log(name: str, **query: str) -> requests.Response:
+            return requests.get(
+                f"{plane.server}{PODS}/{name}/log", query, stream=True, timeout=10, verify=str(plane.ca_file),
+                headers={"Authorization": f"Bearer {plane.token}"},
+            )  # fmt: skip
+
+        with Runner(api, images, tmp_path / "runner", kubelet_port=10250, backoff_seconds=1):
+            endpoint = {"kubeletEndpoint": {"Port": 10250}}
+            wait_for(api, f"/api/v1/nodes/{NODE}", lambda found: found["status"]["daemonEndpoints"] == endpoint)
+            assert "10.224.0.9/32" in subprocess.check_output(["ip", "addr", "show", "dev", "lo"], text=True)
+            talk = "echo one; echo two; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo three"
+            pod(api, "talks", shell("main", talk))
+            pod(api, "no-image", {**container("main"), "image": "example.com/missing:1"})
+            pod(api, "crashes", shell("main", "echo $HOSTNAME; exit 1"), restartPolicy="Always")
+            ends(api, "talks", "Running")
+            followed = log("talks", follow="true")
+            lines = followed.iter_lines(chunk_size=1)
+            assert [next(lines), next(lines)] == [b"one", b"two"]
+            assert log("talks", tailLines="1").text == "two\n"
+            (sleeper,) = processes(talk)
+            Path(f"/proc/{sleeper}/root/tmp/go").touch()
+            assert list(lines) == [b"three"]
+            ends(api, "talks")
+            assert log("talks", limitBytes="5").text == "one\nt"
+
+            def status(found: dict[str, Any]) -> dict[str, Any]:
+                return dict((found["status"].get("containerStatuses") or [{}])[0])
+
+            wait_for(api, f"{PODS}/no-image", lambda found: "ImagePullBackOff" in str(status(found).get("state")))
+            none = log("no-image")
+            words = 'container "main" in pod "no-image" is waiting to start: trying and failing to pull image'
+            assert (none.status_code, none.json()["message"]) == (400, words)
+            wait_for(api, f"{PODS}/crashes", lambda found: status(found).get("restartCount"))
+            assert log("crashes", previous="true").text == "crashes\n"
+        assert "10.224" not in subprocess.check_output(["ip", "addr"], text=True)

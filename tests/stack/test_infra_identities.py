@@ -34,7 +34,7 @@ def test_each_identity_has_these_roles_at_these_scopes_and_no_other(
 ) -> None:
     principals = {
         str(computed("x:UserAssignedIdentity", f"identities-{who}", {})["principalId"]): who
-        for who in ("tuning", "mirror", "serving", "keda")
+        for who in ("tuning", "mirror", "serving", "stress", "keda")
     }
     assignments = [item for item in made[0].of(":RoleAssignment") if item.name.startswith("identities-")]
     table = sorted(
@@ -54,6 +54,8 @@ def test_each_identity_has_these_roles_at_these_scopes_and_no_other(
             ("mirror", BLOB_DATA_CONTRIBUTOR, "storage-models"),
             ("serving", BLOB_DATA_READER, "storage-models"),
             ("serving", ACR_PULL, "registry-registry"),
+            ("stress", BLOB_DATA_READER, "storage-datasets"),
+            ("stress", BLOB_DATA_CONTRIBUTOR, "storage-reports"),
             ("keda", MONITORING_DATA_READER, "metrics"),
         ]
     )
@@ -67,6 +69,7 @@ def test_each_service_account_is_one_identity(made: tuple[Recorder, dict[tuple[s
         "drydock-test-tuning": "system:serviceaccount:drydock-tuning:tuning",
         "drydock-test-mirror": "system:serviceaccount:drydock-tuning:mirror",
         "drydock-test-serving": "system:serviceaccount:drydock-serving:serving",
+        "drydock-test-stress": "system:serviceaccount:drydock-serving:stress",
         "drydock-test-keda": "system:serviceaccount:kube-system:keda-operator",
     }
     assert {item.inputs["issuer"] for item in credentials} == {ISSUER}
@@ -75,6 +78,6 @@ def test_each_service_account_is_one_identity(made: tuple[Recorder, dict[tuple[s
 
 def test_credentials_are_written_one_after_the_other(made: tuple[Recorder, dict[tuple[str, str], Request]]) -> None:
     chain = [request for (kind, _), request in made[1].items() if kind == "FederatedIdentityCredential"]
-    assert len(chain) == 4
+    assert len(chain) == 5
     for before, after in itertools.pairwise(chain):
         assert any(urn.endswith(f"::{before.name}") for urn in after.dependencies)

@@ -57,7 +57,7 @@ def test_old_checkpoints_and_old_versions_go_and_nothing_else() -> None:
     rules = {rule["name"]: rule for rule in made()[0].one(":ManagementPolicy").inputs["policy"]["rules"]}
     assert {name: rule["definition"]["filters"]["prefixMatch"] for name, rule in rules.items()} == {
         "old-checkpoints": ["checkpoints/"],
-        "old-versions": ["datasets/", "models/", "checkpoints/"],
+        "old-versions": ["datasets/", "models/", "checkpoints/", "reports/"],
     }
     assert rules["old-checkpoints"]["definition"]["actions"] == {
         "baseBlob": {"delete": {"daysAfterModificationGreaterThan": 40.0}}
@@ -72,7 +72,7 @@ def test_data_is_protected_and_checkpoints_may_go() -> None:
     def protected(requests: dict[tuple[str, str], Request]) -> set[str]:
         return {name for (_, name), request in requests.items() if request.protect}
 
-    assert protected(made()[1]) == {"storage-account", "storage-datasets", "storage-models"}
+    assert protected(made()[1]) == {"storage-account", "storage-datasets", "storage-models", "storage-reports"}
     assert protected(made(protect=False)[1]) == set()
 
 

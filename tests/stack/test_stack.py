@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import runpy
 import time
 from functools import cache
@@ -178,6 +179,45 @@ def test_the_program_is_short_and_quick() -> None:
     started = time.monotonic()
     deployed("dev")
     assert time.monotonic() - started < 5
+
+
+LOADED = {"drydock:stress": {"run": "before-launch", "slo": {"ttft_p95_ms": 1500}}}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_run_named_in_the_settings_adds_the_stress_test_and_changes_nothing_else(name: str) -> None:
+    def untagged(item: Resource) -> dict[str, Any]:
+        """Without what the stack's transformation adds, which mocks run or not: programs before may have left it."""
+        return {key: value for key, value in item.inputs.items() if key != "tags"}
+
+    before, loaded = stack(name), deployed(name, LOADED)
+    known = {(item.type, item.name): untagged(item) for item in before.resources}
+    added = [item for item in loaded.resources if (item.type, item.name) not in known]
+    assert sorted(item.type.rpartition(":")[2] for item in added) == [
+        "ConfigMap", "Job", "NetworkPolicy", "Secret", "StressTest",
+    ]  # fmt: skip
+    others = [item for item in loaded.resources if item not in added]
+    assert [item.name for item in others if known[item.type, item.name] != untagged(item)] == []
+    found = {item.name: said for item in objects(loaded) if item in added and (said := problems(item.inputs))}
+    assert found == {}
+    broken = [item.name for item in added if violations(item.type, item.inputs)]
+    assert broken == []
+    for item in added:
+        assert SECRET not in json.dumps(item.inputs, default=str) or item.type.endswith(":Secret"), item.name
+
+
+def test_the_stack_tells_where_the_report_will_be() -> None:
+    told: dict[str, Any] = {}
+
+    def export(name: str, value: Any) -> None:
+        pulumi.Output.from_input(value).apply(lambda known: told.update({name: known}))
+
+    with patch("pulumi.export", export):
+        deployed("dev")
+        assert told.pop("stress_report") is None and len(told["next_steps"]) == 3
+        deployed("dev", LOADED)
+    assert re.fullmatch(r"az://drydockdevst[0-9a-f]{8}/reports/stress/before-launch", told["stress_report"])
+    assert re.fullmatch(r"kubectl -n drydock-serving logs -f job/stress-[0-9a-f]{8}", told["next_steps"][-1])
 
 
 def test_the_label_told_to_clients_is_the_one_that_the_network_policy_asks_for() -> None:

@@ -58,6 +58,15 @@ def test_settings_are_the_stacks_and_the_projects_defaults_without_what_is_encry
     assert encrypted == ["ship:hull.paint", "ship:token"]
 
 
+def test_what_may_be_secret_has_a_placeholder_so_that_its_objects_are_there(root: Path) -> None:
+    (root / "Pulumi.dev.yaml").write_text(
+        "config: {ship:api_keys: {me: {secure: v1:abc}}, ship:huggingface_token: {secure: v1:def}}"
+    )
+    _, config, encrypted = stack_config(root, "dev")
+    assert config["ship:api_keys"] == {"me": "<secret>"} and config["ship:huggingface_token"] == "<secret>"
+    assert encrypted == ["ship:api_keys.me", "ship:huggingface_token"]
+
+
 def test_a_stack_without_settings_is_told_those_that_have_some(root: Path) -> None:
     (root / "Pulumi.prod.yaml").write_text("config: {}")
     with pytest.raises(SettingsError, match=r"Pulumi.stage.yaml: no such file; stacks with settings: dev, prod"):
@@ -113,6 +122,15 @@ def test_numbers_are_whole_and_keys_in_one_order() -> None:
     custom = {"apiVersion": "keda.sh/v1alpha1", "kind": "ScaledObject", "metadata": {"name": "e", "namespace": "n"}}
     assert file_of(custom) == "n/15-scaledobject-e.yaml"
     assert without_secrets({"kind": "ConfigMap", "data": {"a": "b"}}) == {"kind": "ConfigMap", "data": {"a": "b"}}
+
+
+def test_a_stress_test_is_rendered_though_its_key_is_encrypted() -> None:
+    repository = Path(__file__).parents[2]
+    project, config, _ = stack_config(repository, "prod")
+    config |= {"drydock:stress": {"run": 1}, "drydock:api_keys": {"me": "<secret>"}}
+    objects = {(item["kind"], item["metadata"]["name"]) for item in declared(repository, project, "prod", config)}
+    assert ("Secret", "stress-key") in objects
+    assert [name for kind, name in objects if kind == "Job" and name.startswith("stress-")]
 
 
 def test_the_stack_itself_without_cloud_or_tools(

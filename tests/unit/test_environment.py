@@ -88,7 +88,7 @@ def test_the_seed_fits_in_sixty_lines_and_reads_as_meant() -> None:
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_committed_environments_are_good(stack: str) -> None:
     text = (ROOT / f"Pulumi.{stack}.yaml").read_text()
-    assert environment(text).owner
+    assert environment(text, api_keys='{"me": "k"}').owner  # not committed: each deployer's own
     assert len(text.splitlines()) <= 60
 
 
@@ -147,6 +147,52 @@ def test_what_does_not_go_together_is_told(tmp_path: Path, edit: tuple[str, str]
     ]
     lines = problems(tmp_path, *edits)
     assert any(told in line and re.match(r"Pulumi\.dev\.yaml:\d+: ", line) for line in lines), lines
+
+
+ONE_KEY = {"api_keys": '{"a": "k"}'}
+TWO_KEYS = {"api_keys": '{"a": "k", "b": "l"}'}
+
+
+@pytest.mark.parametrize(
+    ("stress", "keys", "told"),
+    [
+        ("{run: 1}", {}, "stress.run: it asks with an API key, and there is none: pulumi config set --secret --path 'drydock:api_keys.stress'"),
+        ("{run: 1}", TWO_KEYS, "stress.client: required with several api_keys: one of a, b"),
+        ("{run: 1, client: c}", TWO_KEYS, "stress.client: c is not among the api_keys (a, b)"),
+        ("{run: 1, client: c}", ONE_KEY, "stress.client: c is not among the api_keys (a)"),
+        ("{run: 1, models: [domain-lama]}", ONE_KEY, "stress.models: domain-lama is not served: choose from base, domain-llama"),
+        ("{run: 1, prompt_tokens: 4090}", ONE_KEY, "stress.prompt_tokens: the longest prompt with its answer has 4154 tokens (prompt_tokens, long_multiplier, max_tokens), but serving.max_model_len is 4096: lower them"),
+        ("{run: 1, prompt_tokens: 1100, long_share: 0.1}", ONE_KEY, "stress.prompt_tokens: the longest prompt with its answer has 4464 tokens"),
+        ("{run: a b}", ONE_KEY, "stress.run: string should match pattern"),
+        ("{run: 1, users: 0}", ONE_KEY, "stress.users: should be greater than or equal to 1, found 0"),
+        ("{run: 1, slo: {ttft_ms: 3}}", ONE_KEY, "stress.slo.ttft_ms: unknown setting; did you mean ttft_p95_ms?"),
+        ("{run: 1, users: 9, max_requests: 3}", ONE_KEY, "stress: max_requests is 3, but 9 users send at least one each"),
+        ("{run: 1, models: [base, base]}", ONE_KEY, "stress.models: names an alias twice"),
+        ("{run: 1, models: []}", ONE_KEY, "stress.models: dictionary should have at least 1 item"),
+        ("{run: 1, wait_seconds: -1}", ONE_KEY, "stress.wait_seconds: should be greater than or equal to 0, found -1"),
+    ],
+)  # fmt: skip
+def test_a_stress_test_that_cannot_run_is_told(tmp_path: Path, stress: str, keys: dict[str, Any], told: str) -> None:
+    line = ("drydock:tuning", f"drydock:stress: {stress}\n  drydock:tuning")
+    lines = problems(tmp_path, line, extra=keys, secret=("api_keys",))
+    assert len(lines) == 1, lines
+    assert f"Pulumi.dev.yaml:23: {told}" in lines[0]
+
+
+def test_a_stress_test_without_an_adapter_has_no_prompts() -> None:
+    with pytest.raises(SettingsError) as error:
+        environment(adapters="{}", stress='{"run": "1"}', **ONE_KEY)
+    assert error.value.problems == [
+        "stress.run: its prompts come from the adapters' datasets, and there is no adapter: add one, or remove it"
+    ]
+
+
+def test_the_stress_test_is_off_until_a_run_is_named() -> None:
+    stress = environment().stress
+    assert stress.run is None
+    assert (stress.users, stress.ramp_seconds, stress.duration_seconds, stress.prompt_tokens) == (100, 60, 600, 800)
+    assert environment(stress='{"prompt_tokens": 100000, "client": "nobody"}').stress.run is None
+    assert environment(stress='{"run": 7}', **ONE_KEY).stress.run == "7"
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ STARTED = {
     "training": ("training.__main__", "blobs.__main__"),
     "serving": ("serving.__main__", "serving.middleware", "blobs.__main__", "training.publish"),
     "router": ("serving.router",),
-    "stress": ("stress.__main__",),
+    "stress": ("stress.__main__", "blobs.__main__"),
 }
+# Not every image mirrors: the hub's client is for `python -m blobs mirror`, which imports it when asked.
+NOT_ASKED = {"stress": {"blobs.mirror"}}
 # What the build argument REQUIREMENTS may name.
 LOCKS_OF = {
     "training": ("training",),
@@ -82,7 +84,9 @@ def reached(image: str) -> tuple[set[str], set[str]]:
         module = waiting.pop()
         path = ROOT / (module.replace(".", "/") + ".py")
         path = path if path.is_file() else ROOT / module.replace(".", "/") / "__init__.py"
-        if module in seen or not path.is_file():  # not a file: a name in a module, not a module
+        if (
+            module in seen or module in NOT_ASKED.get(image, ()) or not path.is_file()
+        ):  # not a file: a name in a module, not a module
             continue
         seen.add(module)
         rooms.add(module.split(".")[0])

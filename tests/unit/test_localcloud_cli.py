@@ -30,7 +30,10 @@ from pathlib import Path
 from localcloud.cli import Cli
 from tests.unit.test_localcloud_cli import TOOLS
 folder = Path(sys.argv[1])
-sys.exit(Cli(folder, TOOLS, {"PATH": "/usr/bin:/bin"}).show("up", cwd=folder))
+try:
+    Cli(folder, TOOLS, {"PATH": "/usr/bin:/bin"}).show("up", cwd=folder)
+except KeyboardInterrupt:
+    sys.exit(42)
 """
 
 
@@ -59,15 +62,27 @@ def test_interrupted_it_may_write_its_state(tmp_path: Path, number: int) -> None
         os.killpg(person.pid, number)  # Ctrl-C: the terminal tells the whole group
     else:
         person.send_signal(number)  # `kill PID`: Python alone
-    assert person.wait(10) == 7
+    assert person.wait(10) == 42, "an interrupted command is no failed one"
     assert said.read_text().splitlines()[1] == "state written"
+
+
+def test_one_that_is_not_shown_may_write_its_state_too(tmp_path: Path) -> None:
+    stand_in(tmp_path, PULUMI)
+    quiet = PERSON.replace(".show(", ".run(")
+    person = subprocess.Popen([sys.executable, "-c", quiet, str(tmp_path)], cwd=ROOT, start_new_session=True)
+    said = tmp_path / "said"
+    while not said.exists():
+        assert person.poll() is None
+    os.killpg(person.pid, signal.SIGINT)
+    assert person.wait(10) == 42
+    assert said.read_text().splitlines()[1:] == ["state written"], "told once: a second time ends pulumi at once"
 
 
 def test_a_mistake_of_the_person_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "cloud"
     for name in ("nope", "/etc", ".."):
         assert command.main(["preview", "--stack", name, "--folder", str(folder)]) == 2
-        assert capsys.readouterr().err == f"Pulumi.{name}.yaml: no such file; stacks with settings: dev, prod\n"
+        assert capsys.readouterr().err == f"Pulumi.{name}.yaml: no such file; stacks with settings: dev, local, prod\n"
     assert not folder.exists()
 
 

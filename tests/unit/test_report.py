@@ -16,6 +16,7 @@ import pytest
 from common import exits
 from common.files import write_json, write_jsonl
 from stress import figures, plots, report
+from stress.spec import Slo
 
 START = 1_790_000_000.0
 HOSTILE = "<script>alert('x')</script>"
@@ -617,3 +618,33 @@ def test_durations_and_figures_read_well() -> None:
         "2 h 07 min",
     ]
     assert [report.figure(value) for value in (2400, 0.5, 12.34, 6176.5)] == ["2,400", "0.50", "12.3", "6,176"]
+
+
+@pytest.mark.parametrize(
+    ("slo", "status", "badge"),
+    [
+        (Slo(), "measured", "Measured"),
+        (Slo(error_rate=1), "held", "✓ Held"),
+        (Slo(error_rate=1, ttft_p95_ms=1), "not_held", "✗ Not held"),
+    ],
+)
+def test_a_load_by_itself_is_judged_by_its_bounds_and_misses_no_chain(
+    tmp_path: Path, slo: Slo, status: str, badge: str
+) -> None:
+    rows = requests(random.Random(7), 0, 20, 6)
+    summary = figures.summary(rows)
+    spec = {"users": 3, "duration_seconds": 20, "ramp_seconds": 0, "prompt_tokens": 800, "max_tokens": 64}
+    write_jsonl(tmp_path / "stress/load/requests.jsonl", rows)
+    write_json(
+        tmp_path / "stress/load/summary.json",
+        summary
+        | {"bounds": figures.bounds(summary, slo), "spec": spec | {"models": {"base": 1.0}}}
+        | {"versions": {"locust": "2"}},
+    )
+    found = report.build(tmp_path)
+    assert found["verdict"]["status"] == status
+    assert not [path for path in found["absent"] if not path.startswith("stress.")]
+    page = report.render(tmp_path, found)
+    assert badge in page and ("not_held" in status) == ("verdict bad" in page)
+    assert 'id="stress"' in page and 'id="tuning"' not in page and 'id="drills"' not in page
+    assert ("ttft_p95_ms" in page) == (slo.ttft_p95_ms is not None)

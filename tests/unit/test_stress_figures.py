@@ -8,6 +8,7 @@ import pytest
 
 from stress import figures
 from stress.drills import phases, ratio, spread
+from stress.spec import Slo
 
 
 def row(started_at: float, **values: Any) -> dict[str, Any]:
@@ -127,3 +128,23 @@ def test_phases_sum_to_the_recovery() -> None:
     early = phases(100.0, 114.0, milestones)
     assert early == {"restart": 1.0, "engine": 9.0, "adapters": 4.0, "routed": 0.0}
     assert sum(early.values()) == pytest.approx(14.0)
+
+
+def test_each_bound_is_judged_by_its_figure() -> None:
+    rows = [row(float(n), ttft_ms=10.0 * n, itl_ms=[5.0], error="timeout" if n == 0 else None) for n in range(10)]
+    found = figures.bounds(figures.summary(rows), Slo(ttft_p95_ms=50, itl_p95_ms=5, error_rate=0.1))
+    assert [(bound["name"], bound["at_most"], bound["held"]) for bound in found] == [
+        ("ttft_p95_ms", 50, False), ("itl_p95_ms", 5, True), ("error_rate", 0.1, True),
+    ]  # fmt: skip
+    assert (found[0]["measured"], found[2]["measured"]) == (pytest.approx(86.0), 0.1)
+    assert figures.told(found[0]) == "ttft_p95_ms: 86, at most 50: not held"
+    assert figures.bounds(figures.summary(rows), Slo()) == []
+
+
+def test_a_bound_without_a_figure_is_not_held_and_says_why() -> None:
+    whole = figures.summary([row(1.0, stream=False, ttft_ms=None, itl_ms=[])], (0.0, 10.0))
+    (bound,) = figures.bounds(whole, Slo(ttft_p95_ms=50))
+    assert bound["held"] is False
+    assert figures.told(bound) == ("ttft_p95_ms: not measured (no streaming request succeeded), at most 50: not held")
+    (bound,) = figures.bounds(figures.summary([], (0.0, 1.0)), Slo(error_rate=1))
+    assert (bound["held"], bound["reason"]) == (False, "no requests were sent")

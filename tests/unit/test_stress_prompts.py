@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from stress.prompts import PromptSource, Turns
+from common.settings import SettingsError
+from stress.prompts import PromptSource, Turns, read_rows
 
 ROWS = [{"instruction": f"How do I restart pod {n}?", "input": "", "output": f"kubectl restart {n}"} for n in range(20)]
 CHAT = [{"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"},
@@ -58,3 +61,14 @@ def test_turns_keep_the_proportions_in_any_stretch() -> None:
     assert all(given[n : n + 4].count("triage") == 1 for n in range(0, 400, 4))
     equal = Turns({"a": 1, "b": 1})
     assert [equal.next() for _ in range(4)] == ["a", "b", "a", "b"]
+
+
+def test_the_files_of_a_folder_give_rows_in_equal_parts(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"holds no \*\.jsonl"):
+        read_rows(tmp_path)
+    for name, count in (("a", 5), ("b", 3)):
+        lines = [json.dumps({"instruction": f"{name}{n}", "input": "", "output": "x"}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "notes.txt").write_text("no dataset")
+    assert [row["instruction"] for row in read_rows(tmp_path)] == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
+    assert [row["instruction"] for row in read_rows(tmp_path, limit=4)] == ["a0", "a1", "b0", "b1"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from common.settings import explain
+from common.settings import SettingsError, explain
 from stress.__main__ import SCALARS, main
-from stress.client import is_loopback
-from stress.spec import LoadSpec
+from stress.client import check_target, is_loopback
+from stress.spec import LoadSpec, Slo
 from tests.unit.test_stress_fake import ROOT, write_dataset
 
 
@@ -40,9 +40,30 @@ def test_all_problems_are_told_with_value_and_limit() -> None:
     assert "raise max_requests to 8" in problems(models=["a"], users=8, max_requests=3)
 
 
+def test_bounds_are_checked_as_the_rest() -> None:
+    told = problems(models=["a"], slo={"ttft_p95_ms": 0, "error_rate": 2, "rps": 3})
+    assert "slo.ttft_p95_ms: should be greater than 0, found 0" in told
+    assert "slo.error_rate: should be less than or equal to 1, found 2" in told
+    assert "slo.rps: unknown setting" in told
+    assert LoadSpec.model_validate({"models": ["a"]}).slo == Slo()
+
+
+def test_the_longest_prompt_has_its_answer_with_it() -> None:
+    spec = LoadSpec.model_validate({"models": ["a"], "prompt_tokens": 100, "max_tokens": 10, "long_multiplier": 3})
+    assert spec.longest_tokens == 110
+    assert spec.model_copy(update={"long_share": 0.1}).longest_tokens == 310
+
+
+def test_the_settings_are_listed_with_those_inside(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings"]) == 0
+    listed = capsys.readouterr().out
+    assert "models: required\n" in listed and "slo.error_rate: null\n" in listed and "users: 4\n" in listed
+
+
 def test_every_setting_is_described_and_on_the_command_line() -> None:
     assert all(field.description for field in LoadSpec.model_fields.values())
-    assert set(SCALARS) | {"models"} == set(LoadSpec.model_fields)
+    assert set(SCALARS) | {"models", "slo"} == set(LoadSpec.model_fields)
+    assert all(field.description for field in Slo.model_fields.values())
 
 
 def test_the_spec_imports_neither_locust_nor_gevent() -> None:
@@ -63,6 +84,9 @@ def test_a_remote_target_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     common = ["--dataset", str(data), "--out", str(tmp_path), "--models", "a"]
     assert main(["run", "--target", "http://192.0.2.7:8000", *common]) == 2
     assert "--allow-remote" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="not a URL"):
+        check_target("drydock", allow_remote=True)
+    check_target("http://drydock.no-such-namespace.svc", allow_remote=True)  # the Service may come later than the Job
     fleet = {
         "router": "http://192.0.2.7:8000",
         "replicas": [{"name": "replica-0", "url": "http://192.0.2.7:1", "pid": 4, "started_at": 0}],

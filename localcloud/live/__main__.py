@@ -1,0 +1,74 @@
+"""`python -m localcloud.live`: the whole stack on one machine, its pods really running (make local, make local-down).
+
+    python -m localcloud.live up              bring it up, tune, serve, drill; writes out/local.json, leaves it up
+    python -m localcloud.live up --no-drills  only bring it up
+    python -m localcloud.live down            end it and remove what it wrote; built images stay, for the next time
+
+Needs root on Linux; nothing outside of its own namespaces is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from common import exits
+from common.settings import SettingsError
+from localcloud.cli import PulumiFailed
+from localcloud.live import attach, machine
+from localcloud.live.chain import Chain
+from localcloud.live.drills import DrillFailed
+from localcloud.tools import ROOT
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m localcloud.live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["up", "down"])
+    parser.add_argument("--no-drills", action="store_true", help="stop when the adapters are served")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="gets local/ and local.json (default: out)")
+    parser.add_argument("--images", type=Path, default=ROOT / ".images", help="store of built images: .images")
+    options = parser.parse_args(arguments)
+    folder = options.out / "local"
+    try:
+        if options.command == "down":
+            return _down(folder, options.images)
+        machine.check(folder.resolve(), options.images)
+        chain = Chain(folder.resolve(), options.images.resolve(), options.out.resolve() / "local.json")
+        print(f"at most {machine.disk_gib(options.images)} GiB of disk will be used, in {options.images} and {folder}")
+        chain.run(all_drills=not options.no_drills)
+        chain.say(f"done: {chain.out}; the cluster stays up: make local-down ends it")
+        return exits.OK
+    except SettingsError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return exits.INPUT
+    except (DrillFailed, attach.NotUp, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
+        print(f"{error}\nwhat is up stays up, to be looked at: make local-down ends it", file=sys.stderr)
+        return exits.FAILED
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not leave half of it
+        attach.stop(folder)
+        print("interrupted: nothing is left running; what it wrote stays, and make local goes on", file=sys.stderr)
+        return exits.INTERRUPTED
+
+
+def _down(folder: Path, images: Path) -> int:
+    was_up = attach.stop(folder)
+    attach.remove(folder)
+    print("ended, and removed" if was_up else "nothing was up", end="")
+    print(f"; built images stay in {images}: rm -r {images} removes them" if images.exists() else "")
+    return exits.OK
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Starts the process that a running local cloud lives in, reaches it, and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from common.processes import python, wait_for
+from common.settings import SettingsError
+from localcloud.api import Api
+from localcloud.cli import prepare
+from localcloud.cloud import Cloud
+from localcloud.live.places import DAEMON_FILE
+from localcloud.tools import locate
+
+START_SECONDS = 180.0
+STOP_SECONDS = 30.0
+
+
+class NotUp(Exception):
+    """It did not start, or is not there; the text says where to look."""
+
+
+class LiveCloud(Cloud):
+    """A running one, in `folder`. Raises `NotUp` where none is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        said = _running(self.folder)
+        if said is None:
+            raise NotUp(f"{folder}: no local cloud is up here: make local")
+        self.router: str = said["router"]
+        self.registry: str = said["registry"]
+        self.environment: dict[str, str] = said["environment"]
+        self.pid: int = said["pid"]
+        self.cli = prepare(self.folder, locate(), self.environment)
+
+    def api(self) -> Api:
+        access = json.loads((self.folder / "cluster.json").read_text())
+        return Api(access["server"], access["token"], Path(access["ca_file"]))
+
+
+def start(folder: Path, images: Path) -> LiveCloud:
+    """Start it where none is up. Raises `NotUp` with the end of its log, TimeoutError."""
+    folder = folder.resolve()
+    if _running(folder) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DAEMON_FILE).unlink(missing_ok=True)  # of one that was killed
+        log = folder / "logs" / "daemon.log"
+        log.parent.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                python("localcloud.live.daemon", folder, images.resolve()),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+        def alive() -> None:
+            if process.poll() is not None:
+                raise NotUp(f"the local cloud did not start; the end of {log}:\n{log.read_text()[-3000:]}")
+
+        try:
+            wait_for((folder / DAEMON_FILE).exists, START_SECONDS, "the local cloud", alive)
+        except BaseException:
+            stop_process(process.pid)
+            process.wait()
+            raise
+    return LiveCloud(folder)
+
+
+def stop(folder: Path) -> bool:
+    """End it; what it has written stays. Whether one was up."""
+    said = _running(folder.resolve())
+    if said is None:
+        return False
+    stop_process(said["pid"])
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Take away all that a cloud which is down has written. Raises `SettingsError` for a folder of something else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "lock").exists():
+        raise SettingsError([f"{folder}: not the folder of a local cloud: nothing was removed"])
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def stop_process(pid: int) -> None:
+    """SIGTERM, then SIGKILL; it is gone when this returns, and with it all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline:
+            if not _alive(pid):
+                return
+            time.sleep(0.1)
+    raise TimeoutError(f"process {pid} does not end")
+
+
+def _running(folder: Path) -> dict[str, Any] | None:
+    """What the daemon in `folder` says of itself; None where none lives."""
+    try:
+        said: dict[str, Any] = json.loads((folder / DAEMON_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return said if _alive(said["pid"]) and _is_daemon(said["pid"]) else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_daemon(pid: int) -> bool:
+    """Its number may be another's by now."""
+    with contextlib.suppress(psutil.Error):
+        return "localcloud.live.daemon" in psutil.Process(pid).cmdline()
+    return False

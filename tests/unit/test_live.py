@@ -1,0 +1,169 @@
+"""The parts of a running local cloud that need neither root nor tools: relays, what pods are given, the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from localcloud.azure.rules import TENANT
+from localcloud.hub import revision_of
+from localcloud.live.dress import Dresser
+from localcloud.live.places import AZURE_ADDRESS, TRUST
+from localcloud.live.relay import Relay
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def echo() -> Iterator[tuple[str, int]]:
+    """Answers each connection with what it was sent, once all of it has come."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        said = b""
+                        while piece := connection.recv(65536):
+                            said += piece
+                        connection.sendall(said)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def say(port: int, data: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.settimeout(10)
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        heard = b""
+        while piece := client.recv(65536):
+            heard += piece
+        return heard
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_two_relays_carry_a_connection_over_a_file_whichever_side_ends_first(
+    echo: tuple[str, int], tmp_path: Path
+) -> None:
+    port, file = free_port(), tmp_path / "sockets" / "echo"
+    with (
+        contextlib.closing(Relay(file, echo)),
+        contextlib.closing(Relay(("127.0.0.1", port), lambda: file)),
+    ):
+        data = bytes(range(256)) * 4000
+        assert say(port, data) == data
+        assert say(port, b"again") == b"again"
+    assert not file.exists()
+    with pytest.raises(ConnectionRefusedError):
+        say(port, b"gone")
+
+
+def test_where_nobody_answers_the_connection_is_closed_at_once(tmp_path: Path) -> None:
+    def nowhere() -> Path:
+        raise ConnectionRefusedError("no such Service yet")
+
+    for target in (tmp_path / "nobody", nowhere):
+        port = free_port()
+        with contextlib.closing(Relay(("127.0.0.1", port), target)):
+            with socket.create_connection(("127.0.0.1", port), 10) as client:
+                client.settimeout(10)
+                assert client.recv(10) == b""
+
+
+def test_an_open_connection_does_not_hold_up_the_end_of_a_relay(echo: tuple[str, int]) -> None:
+    port = free_port()
+    relay = Relay(("127.0.0.1", port), echo)
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"not all yet")
+        relay.close()
+        client.settimeout(10)
+        assert client.recv(10) == b""
+
+
+class Accounts:
+    """In place of the API server: one service account."""
+
+    def __init__(self, **annotations: str) -> None:
+        self.annotations = annotations
+
+    def get(self, path: str) -> dict[str, Any]:
+        assert path == "/api/v1/namespaces/team/serviceaccounts/tuning"
+        return {"metadata": {"annotations": self.annotations} if self.annotations else {}}
+
+
+def dressed(tmp_path: Path, labels: dict[str, str], accounts: Accounts) -> dict[str, Any]:
+    bundle = tmp_path / "bundle"
+    bundle.write_text("certificates")
+    container = {"name": "main", "env": [{"name": "SSL_CERT_FILE", "value": "own"}]}
+    pod = {
+        "metadata": {"namespace": "team", "labels": labels},
+        "spec": {
+            "nodeName": "node-1",
+            "serviceAccountName": "tuning",
+            "initContainers": [{"name": "first"}],
+            "containers": [container],
+        },
+    }
+    found = Dresser(accounts, tmp_path / "nodes", bundle, lambda: ["a.blob.core.windows.net"])(pod)  # type: ignore[arg-type]
+    assert "volumes" not in pod["spec"], "the pod itself, which is reported on, stays as it is"
+    return found
+
+
+def test_every_pod_finds_azure_by_its_names_and_trusts_who_answers(tmp_path: Path) -> None:
+    pod = dressed(tmp_path, {}, Accounts())
+    assert pod["spec"]["hostAliases"] == [{"ip": AZURE_ADDRESS, "hostnames": ["a.blob.core.windows.net"]}]
+    assert (tmp_path / "nodes" / "node-1" / TRUST).read_text() == "certificates"
+    assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["drydock-local-trust"]
+    first, main = pod["spec"]["initContainers"][0], pod["spec"]["containers"][0]
+    assert {"name": "SSL_CERT_FILE", "value": "/etc/ssl/certs/ca-certificates.crt"} in first["env"]
+    assert [item for item in main["env"] if item["name"] == "SSL_CERT_FILE"] == [
+        {"name": "SSL_CERT_FILE", "value": "own"}
+    ]
+    assert not any("AZURE" in item["name"] for item in main["env"])
+
+
+def test_a_pod_with_the_label_gets_its_identity_as_the_webhook_of_aks_gives_it(tmp_path: Path) -> None:
+    labels = {"azure.workload.identity/use": "true"}
+    pod = dressed(tmp_path, labels, Accounts(**{"azure.workload.identity/client-id": "client-7"}))
+    variables = {item["name"]: item["value"] for item in pod["spec"]["containers"][0]["env"]}
+    assert variables["AZURE_CLIENT_ID"] == "client-7"
+    assert variables["AZURE_TENANT_ID"] == TENANT
+    folder, _, file = variables["AZURE_FEDERATED_TOKEN_FILE"].rpartition("/")
+    volume = next(item for item in pod["spec"]["volumes"] if item["name"] == "azure-identity-token")
+    (source,) = volume["projected"]["sources"]
+    assert source["serviceAccountToken"] == {
+        "path": file,
+        "expirationSeconds": 3600,
+        "audience": "api://AzureADTokenExchange",
+    }
+    mount = {"name": "azure-identity-token", "mountPath": folder, "readOnly": True}
+    assert all(mount in item["volumeMounts"] for item in pod["spec"]["initContainers"] + pod["spec"]["containers"])
+
+
+def test_a_service_account_without_the_annotation_gives_no_client(tmp_path: Path) -> None:
+    pod = dressed(tmp_path, {"azure.workload.identity/use": "true"}, Accounts())
+    names = [item["name"] for item in pod["spec"]["containers"][0]["env"]]
+    assert "AZURE_FEDERATED_TOKEN_FILE" in names and "AZURE_CLIENT_ID" not in names
+
+
+def test_the_environment_names_the_revision_and_the_figures_that_the_base_here_has() -> None:
+    base = yaml.safe_load((ROOT / "Pulumi.local.yaml").read_text())["config"]["drydock:base"]
+    folder = ROOT / "rehearsal" / "base"
+    assert base["revision"] == revision_of(folder)
+    config = yaml.safe_load((folder / "config.json").read_text())
+    assert base["architecture"] == {name: config[name] for name in base["architecture"]}

@@ -1,0 +1,179 @@
+"""The stress test: a Job that loads the replicas through the router, judges the figures and keeps the report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pulumi
+from pulumi_kubernetes import batch, core, meta
+
+from infra.datasets import Datasets
+from infra.settings import Environment, Stress
+from infra.storage import REPORTS
+from workloads.engine import ROUTER_LABELS
+from workloads.jobs import ANNOTATIONS, ROLE_WAIT_SECONDS, failure_policy, inputs_hash
+from workloads.placement import apps_node_selector
+from workloads.pods import IDENTITY_LABEL, config, container_security, mount, pod_security, resources, scratch
+from workloads.policies import egress_https, egress_to, network_policy
+from workloads.router import PORT, inside_url
+
+LABELS = {"app": "stress"}
+DATASETS = "/work/datasets"
+OUT = "/work/out"
+SPECS = "/etc/drydock"
+
+SETUP_SECONDS = 1800  # a node of the apps pool, the image on it, the datasets; and at the end the report
+
+# What the containers may write to, on a read-only root; HOME and XDG_CACHE_HOME (matplotlib's font list) are /cache.
+_SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
+_ENVIRONMENT = {"HOME": "/cache", "TMPDIR": "/tmp"}
+
+
+@dataclass(frozen=True)
+class StressTestArgs:
+    """The settings, in which a run is named, and what other components have made for it; the image by digest.
+
+    `namespace` (that of the router) and `service_account` as outputs of their component make the Job wait for them.
+    """
+
+    env: Environment
+    image: pulumi.Input[str]
+    datasets: Datasets
+    account: pulumi.Input[str]  # the storage account's name
+    namespace: pulumi.Input[str]
+    service_account: pulumi.Input[str]
+
+
+class StressTest(pulumi.ComponentResource):
+    """Job `stress-<hash>` on the apps pool, with its settings, API key and network policy. `pulumi up` does not wait.
+
+    Its name follows from what `drydock:stress` says: another `run`, or another setting there, is another Job, and
+    nothing else starts one. Replicas that serve are not loaded because an image or a dataset has changed. A bound that
+    was not kept, or a load that could not be measured, ends the Job as failed; its log has the figures.
+    """
+
+    job_name: pulumi.Output[str]
+    report: pulumi.Output[str]
+    """az://ACCOUNT/reports/stress/RUN, where report.html, report.json and every request are once the Job has ended."""
+    follow: pulumi.Output[str]
+    """Command that shows its log."""
+
+    def __init__(self, name: str, args: StressTestArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("drydock:workloads:StressTest", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        env, title = args.env, job_name(args.env.stress)
+        if env.stress_key is None:
+            raise ValueError("the settings name no API key for the stress test")  # infra.settings tells it before
+        self.report = pulumi.Output.concat("az://", args.account, f"/{REPORTS}/stress/{env.stress.run}")
+        specs = core.v1.ConfigMap(
+            title,
+            metadata=meta.v1.ObjectMetaArgs(name=title, namespace=args.namespace),
+            data={"stress.json": env.stress.spec(env.served).model_dump_json(indent=2)},
+            immutable=True,
+            opts=pulumi.ResourceOptions(parent=self, ignore_changes=["data"]),
+        )
+        key = core.v1.Secret(
+            f"{name}-key",
+            metadata=meta.v1.ObjectMetaArgs(name="stress-key", namespace=args.namespace),
+            string_data={"key": pulumi.Output.secret(env.stress_key.get_secret_value())},
+            opts=child,
+        )
+        network_policy(
+            "stress",
+            args.namespace,
+            labels=LABELS,
+            egress=[egress_to(ROUTER_LABELS, PORT), egress_https()],  # HTTPS: Entra and Blob
+            resource_name=f"{name}-network",
+            opts=child,
+        )
+        job = batch.v1.Job(
+            title,
+            metadata=meta.v1.ObjectMetaArgs(
+                name=title, namespace=args.namespace, labels=LABELS, annotations=ANNOTATIONS
+            ),
+            spec=batch.v1.JobSpecArgs(
+                backoff_limit=0,  # another try would be another load, and nobody asked for it
+                active_deadline_seconds=deadline_seconds(env.stress),
+                pod_failure_policy=failure_policy(),
+                pod_replacement_policy="Failed",  # the only one beside a failure policy
+                template=core.v1.PodTemplateSpecArgs(
+                    metadata=meta.v1.ObjectMetaArgs(
+                        labels={**LABELS, **IDENTITY_LABEL},
+                        # Moved to another node, it would begin anew.
+                        annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
+                    ),
+                    spec=_pod(args, specs.metadata.name, key.metadata.name, self.report),
+                ),
+            ),
+            # Its resource has the Job's name: what is ignored here is that of this run, never that of the one before.
+            opts=pulumi.ResourceOptions(parent=self, ignore_changes=["spec"]),
+        )
+        self.job_name = job.metadata.name
+        self.follow = pulumi.Output.format("kubectl -n {0} logs -f job/{1}", args.namespace, job.metadata.name)
+        self.register_outputs({"job_name": self.job_name, "report": self.report})
+
+
+def job_name(settings: Stress) -> str:
+    """`stress-1a2b3c4d`. Only what was written counts: a new default of ours starts nothing."""
+    return f"stress-{inputs_hash(settings.model_dump_json(exclude_unset=True), length=8)}"
+
+
+def deadline_seconds(settings: Stress) -> int:
+    """Seconds from the Job's start after which something is stuck: all waits at their longest, and the load."""
+    load = settings.ramp_seconds + settings.duration_seconds + 2 * settings.request_timeout_seconds
+    return math.ceil(SETUP_SECONDS + ROLE_WAIT_SECONDS + 2 * settings.wait_seconds + load)
+
+
+def _pod(
+    args: StressTestArgs, specs: pulumi.Input[str], key: pulumi.Input[str], report: pulumi.Output[str]
+) -> core.v1.PodSpecArgs:
+    addresses = {args.datasets.digests[adapter]: args.datasets.blobs[adapter] for adapter in args.env.adapters}
+    return core.v1.PodSpecArgs(
+        restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
+        service_account_name=args.service_account,
+        automount_service_account_token=False,
+        enable_service_links=False,
+        security_context=pod_security(),
+        node_selector=apps_node_selector(),
+        init_containers=[_fetch(args, digest, address) for digest, address in sorted(addresses.items())],
+        containers=[_load(args, key, report)],
+        volumes=[scratch("work"), scratch("cache"), scratch("tmp"), config("specs", specs)],
+    )
+
+
+def _fetch(args: StressTestArgs, digest: str, address: pulumi.Input[str]) -> core.v1.ContainerArgs:
+    return core.v1.ContainerArgs(
+        name=f"fetch-{digest[:12]}",
+        image=args.image,
+        command=[
+            *("python", "-m", "blobs", "fetch", address, f"{DATASETS}/{digest[:12]}.jsonl"),
+            *("--sha256", digest, "--wait-seconds", str(ROLE_WAIT_SECONDS)),
+        ],
+        env=_environment(),
+        resources=resources(cpu="250m", cpu_limit="1", memory="512Mi", storage="1Gi"),
+        security_context=container_security(),
+        volume_mounts=_SCRATCH,
+    )
+
+
+def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[str]) -> core.v1.ContainerArgs:
+    from_secret = core.v1.EnvVarSourceArgs(secret_key_ref=core.v1.SecretKeySelectorArgs(name=key, key="key"))
+    return core.v1.ContainerArgs(
+        name="stress",
+        image=args.image,
+        command=[
+            *("python", "-m", "stress", "run", "--target", inside_url(args.namespace), "--allow-remote"),
+            *("--settings", f"{SPECS}/stress.json", "--dataset", DATASETS, "--out", OUT),
+            *("--wait-seconds", str(args.env.stress.wait_seconds), "--push", report),
+        ],
+        env=[*_environment(), core.v1.EnvVarArgs(name="DRYDOCK_API_KEY", value_from=from_secret)],
+        # One Python process: more than one core is of no use to it, two for what the report draws.
+        resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="4Gi"),
+        security_context=container_security(),
+        volume_mounts=[*_SCRATCH, mount("specs", SPECS, read_only=True)],
+    )
+
+
+def _environment() -> list[core.v1.EnvVarArgs]:
+    return [core.v1.EnvVarArgs(name=name, value=value) for name, value in _ENVIRONMENT.items()]
