@@ -3,6 +3,6 @@
 OK = 0
 FAILED = 1  # something broke that a retry may heal
 INPUT = 2  # the person's dataset, settings or arguments are wrong: a retry cannot help (argparse uses 2 as well)
-GATE = 3  # the adapter did not beat its base: nothing is promoted, a retry cannot help
+GATE = 3  # an adapter did not beat its base, a load did not keep its bounds: a retry cannot help
 INTERRUPTED = 130  # SIGINT, by the shell's convention 128 + 2
 TERMINATED = 143  # SIGTERM, 128 + 15: a checkpoint was written, run again to resume

@@ -24,7 +24,7 @@ from common.chat import answer, prompt_messages
 from common.files import read_json, read_jsonl, write_json
 from common.memory import MemoryWatch
 from common.processes import python
-from localcloud.live import attach, drills
+from localcloud.live import attach, drills, report
 from localcloud.live.drills import DrillFailed, Ground
 from localcloud.live.sight import SERVING, TUNING, Sight
 from localcloud.tools import ROOT
@@ -87,6 +87,9 @@ class Chain:
                 self._step(name, step)
         self.record["status"] = "finished"
         self.save()
+        for promise in report.promises(self.record):
+            if promise.held is not None:
+                self.say(f"{'held' if promise.held else 'BROKEN'}: {promise.text}")
 
     def _step(self, name: str, step: Callable[[], dict[str, Any]]) -> None:
         began = time.monotonic()
@@ -108,6 +111,7 @@ class Chain:
 
     def save(self) -> None:
         write_json(self.out, self.record)
+        report.write(self.record, self.out.with_suffix(".html"))
 
     # The steps.
 
@@ -144,10 +148,12 @@ class Chain:
     def tuning(self) -> dict[str, Any]:
         assert self.ground
         found, failed = [], []
-        for adapter, name in self._jobs.items():
-            job = drills.follow(self.ground, name)
+        ended = drills.follow(self.ground, *self._jobs.values())
+        for adapter, job in zip(self._jobs, ended, strict=True):
+            name = job.name
             digest = promoted_digest(self.ground.store, adapter)
-            entry: dict[str, Any] = {"adapter": adapter, "job": name, "state": job.state, "promoted_digest": digest}
+            entry: dict[str, Any] = {"adapter": adapter, "job": name, "state": job.state, "seconds": job.seconds}
+            entry["promoted_digest"] = digest
             if digest is None:
                 failed.append(f"{name}: {job.state}: {job.reason}: {job.doing}")
             else:
@@ -155,7 +161,6 @@ class Chain:
                 evaluation = card.evaluation
                 entry |= {key: evaluation[key] for key in ("base", "adapter", "gain", "gain_ci95") if key in evaluation}
                 entry["adapter"], entry["score"] = adapter, evaluation.get("adapter")
-            self.say(f"{name}: {job.state}: {job.doing}")
             found.append(entry)
         self.record["adapters"] = found
         if failed:
@@ -177,16 +182,16 @@ class Chain:
     def stress(self) -> dict[str, Any]:
         assert self.ground
         (job,) = self._sight.api.list(f"/apis/batch/v1/namespaces/{SERVING}/jobs", labelSelector="app=stress")
-        seen = drills.follow(self.ground, job["metadata"]["name"], namespace=SERVING)
-        report = self.out.parent / "local-stress"
-        shutil.rmtree(report, ignore_errors=True)
-        fetch = python("blobs", "fetch", self._stack.outputs()["stress_report"], report)
+        (seen,) = drills.follow(self.ground, job["metadata"]["name"], namespace=SERVING)
+        folder = self.out.parent / "local-stress"
+        shutil.rmtree(folder, ignore_errors=True)
+        fetch = python("blobs", "fetch", self._stack.outputs()["stress_report"], folder)
         done = subprocess.run(fetch, env=os.environ | self._cloud.environment, capture_output=True, text=True)
         if seen.state != "complete" or done.returncode:
             raise DrillFailed(f"{seen.name}: {seen.state}: {seen.reason}: {seen.doing}\n{done.stderr}")
-        (summary,) = (read_json(path) for path in report.glob("**/summary.json"))
+        (summary,) = (read_json(path) for path in folder.glob("**/summary.json"))
         self.record |= {"requests": summary["requests"], "failed": summary["failed"]}
-        self.say(f"{summary['requests']} requests, {summary['failed']} failed; {report / 'report.html'}")
+        self.say(f"{summary['requests']} requests, {summary['failed']} failed; {folder / 'report.html'}")
         return {name: summary[name] for name in ("requests", "failed", "rps", "ttft_ms", "itl_ms") if name in summary}
 
     def retune(self) -> dict[str, Any]:

@@ -125,25 +125,30 @@ def jobs(ground: Ground) -> dict[str, str]:
     return dict(ground.stack.outputs()["tuning_jobs"])
 
 
-def follow(ground: Ground, name: str, each: Callable[[Job], None] = lambda job: None, namespace: str = TUNING) -> Job:
-    """The Job once it is over."""
-    seen: Job | None = None
-
-    def over() -> bool:
-        nonlocal seen
-        seen = ground.sight.job(namespace, name)
-        if seen is not None:
-            ground.doing(f"{name}: {seen.state}: {seen.doing}"[:160])
-            each(seen)
-        return seen is not None and seen.over
-
+def follow(
+    ground: Ground, *names: str, each: Callable[[Job], None] = lambda job: None, namespace: str = TUNING
+) -> list[Job]:
+    """The Jobs once all are over, in the order of `names`; `each` hears of every look at one."""
+    seen: dict[str, Job] = {}
     started = time.monotonic()
-    while not over():
+    while len(seen) < len(names) or not all(job.over for job in seen.values()):
+        for name in names:
+            if name in seen and seen[name].over:
+                continue
+            job = ground.sight.job(namespace, name)
+            if job is None:
+                continue
+            seen[name] = job
+            each(job)
+            if job.over:
+                ground.say(f"{name}: {job.state}: {job.doing}")
+        going = [job for job in seen.values() if not job.over]
+        ground.doing("; ".join(f"{job.name}: {job.doing or job.state}" for job in going)[:150])
         if time.monotonic() - started > TUNED_SECONDS:
-            raise DrillFailed(f"{name}: not over within {TUNED_SECONDS:.0f} s: {seen.doing if seen else 'no such Job'}")
+            told = "; ".join(f"{job.name}: {job.doing}" for job in going)
+            raise DrillFailed(f"{', '.join(names)}: not over within {TUNED_SECONDS:.0f} s: {told or 'no such Job'}")
         time.sleep(POLL_SECONDS)
-    assert seen is not None
-    return seen
+    return [seen[name] for name in names]
 
 
 def switched(ground: Ground, adapter: str, version: str, replicas: Sequence[Replica]) -> float:
@@ -178,7 +183,7 @@ def retune(ground: Ground, adapter: str, learning_rate: float) -> dict[str, Any]
         now = jobs(ground)
         if before is None or {name: now[name] for name in others} != others:
             raise DrillFailed(f"another learning_rate of {adapter} must start its Job alone, found {now}")
-        job = follow(ground, now[adapter], lambda job: _evict(ground, job, evicted))
+        (job,) = follow(ground, now[adapter], each=lambda job: _evict(ground, job, evicted))
         after = promoted_digest(ground.store, adapter)
         if job.state != "complete" or after == before or after is None:
             raise DrillFailed(f"{job.name}: {job.state}, {adapter} is {after}: {job.reason} {job.doing}")
@@ -237,8 +242,8 @@ def failed_gate_and_rollout(ground: Ground, name: str, settings: dict[str, Any])
         wait(ground, "all replicas replaced", replaced, 2 * READY_SECONDS, load.process.check)
         seconds = time.monotonic() - started
         time.sleep(SETTLE_SECONDS)
-    job = follow(ground, jobs(ground)[name])
-    if job.state != "failed" or promoted_digest(ground.store, name) is not None:
+    (job,) = follow(ground, jobs(ground)[name])
+    if job.state != "failed" or "FAILED" not in job.doing or promoted_digest(ground.store, name) is not None:
         raise DrillFailed(f"{job.name}: {job.state}; an adapter that learned nothing must not be promoted: {job.doing}")
     if not ready(ground, len(replicas)):
         raise DrillFailed(f"after {job.name} failed, the others do not answer as before: {ground.sight.replicas()}")

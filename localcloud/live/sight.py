@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Job:
     state: str
     reason: str
     doing: str
+    seconds: float | None = None
+    """From its first start to its end."""
 
     @property
     def over(self) -> bool:
@@ -60,7 +63,8 @@ class Sight:
         for condition in found["status"].get("conditions", []):
             if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
                 reason = condition.get("message", "") if condition["type"] == "Failed" else ""
-                return Job(name, condition["type"].lower(), reason, self._newest_line(namespace, name))
+                seconds = _instant(condition["lastTransitionTime"]) - _instant(found["status"]["startTime"])
+                return Job(name, condition["type"].lower(), reason, self._newest_line(namespace, name), seconds)
         pods = [pod for pod in self.pods(namespace, f"batch.kubernetes.io/job-name={name}") if _alive(pod)]
         doing = _waits(pods) or self._newest_line(namespace, name)
         return Job(name, "running" if any(pod["spec"].get("nodeName") for pod in pods) else "waiting", "", doing)
@@ -101,6 +105,10 @@ class Sight:
             if lines:
                 return f"{path.parent.name}: {lines[-1].strip()}"
         return ""
+
+
+def _instant(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
 
 
 def engine_processes(pod: str) -> list[int]:

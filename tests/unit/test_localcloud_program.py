@@ -91,5 +91,5 @@ def test_without_git_one_line_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["nope", "", ".", "..", "../dev", "/tmp", "dev/../dev"])
 def test_only_a_stack_with_settings_gets_a_folder(name: str) -> None:
     known_to(ROOT, "dev")
-    with pytest.raises(SettingsError, match=r"no such file; stacks with settings: dev, prod$"):
+    with pytest.raises(SettingsError, match=r"no such file; stacks with settings: dev, local, prod$"):
         known_to(ROOT, name)  # a path would lead to a folder in which a copy removes all that is not the program's
