@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit stack contract engine tools local local-down local-parts live lint format setup registry azurite lock images preview up destroy render clean
+.PHONY: help rehearse test unit stack contract engine tools local local-down live lint format setup registry azurite lock images preview up destroy render clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -31,15 +31,12 @@ stack: setup  ## the tests of the Pulumi program and its parts, under mocks
 contract: setup registry azurite  ## the tests with real parts alone: vLLM, router, registry
 	$(BIN)/python -m pytest tests/contract
 
-engine: setup azurite tools  ## the stack on the real Pulumi engine and a real Kubernetes API server, Azure simulated
-	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine -n 2 --dist loadfile
+engine: setup azurite tools live  ## the stack on the real Pulumi engine and Kubernetes, Azure simulated; as root, pods that run
+	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine tests/local -n 2 --dist loadfile
 
-# Needs root and Debian's packages buildah, docker-registry, busybox-static, iproute2.
-local-parts: setup tools
-	$(BIN)/python -m pytest tests/local
-
-# What pods need that really run: Debian's packages, and root for namespaces and mounts (localcloud/live/machine.py).
-LOCAL_PACKAGES := buildah debootstrap docker-registry dumb-init iproute2 nftables
+# What pods need that really run: Debian's packages, and root for namespaces and mounts (localcloud/live/machine.py);
+# busybox-static is the image of their tests.
+LOCAL_PACKAGES := buildah busybox-static debootstrap docker-registry dumb-init iproute2 nftables
 live:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  dpkg -s $(LOCAL_PACKAGES) >/dev/null 2>&1 || { echo "installing $(LOCAL_PACKAGES)"; apt-get update -q && \

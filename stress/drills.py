@@ -164,15 +164,22 @@ class LoadProcess:
 
 
 @contextlib.contextmanager
-def load(plan: Plan, spec: LoadSpec, target: str, folder: Path, *, open_ended: bool = False) -> Iterator[LoadProcess]:
-    """Start the load (`open_ended`: this drill will end it); whatever happens, it is gone at the end."""
+def load(
+    plan: Plan, spec: LoadSpec, target: str, folder: Path, *, open_ended: bool = False, log: Path | None = None
+) -> Iterator[LoadProcess]:
+    """Start the load (`open_ended`: this drill will end it); whatever happens, it is gone at the end.
+
+    Its progress goes to `log`, or is shown.
+    """
     folder.mkdir()
     write_json(folder / "spec.json", spec.model_dump())
     command = [sys.executable, "-m", "stress", "run", "--follow-parent", "--target", target]
     command += ["--settings", str(folder / "spec.json"), "--dataset", str(plan.dataset)]
     command += ["--out", str(folder), "--folder", str(folder)]
     command += ["--allow-remote"] * plan.allow_remote + ["--open-ended"] * open_ended
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with contextlib.ExitStack() as opened:
+        said = opened.enter_context(log.open("wb")) if log else None
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
     try:
         yield LoadProcess(process, folder, spec)
     finally:

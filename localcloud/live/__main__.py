@@ -22,6 +22,7 @@ from localcloud.live import attach, machine
 from localcloud.live.chain import Chain
 from localcloud.live.drills import DrillFailed
 from localcloud.tools import ROOT
+from stress.drills import NotMeasuredError
 
 
 def main(arguments: list[str]) -> int:
@@ -40,13 +41,11 @@ def main(arguments: list[str]) -> int:
         machine.check(folder.resolve(), options.images)
         chain = Chain(folder.resolve(), options.images.resolve(), options.out.resolve() / "local.json")
         print(f"at most {machine.disk_gib(options.images)} GiB of disk will be used, in {options.images} and {folder}")
-        chain.run(all_drills=not options.no_drills)
-        chain.say(f"done: {chain.out}; the cluster stays up: make local-down ends it")
-        return exits.OK
+        return exits.OK if chain.run(all_drills=not options.no_drills) else exits.FAILED
     except SettingsError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return exits.INPUT
-    except (DrillFailed, attach.NotUp, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
+    except (DrillFailed, NotMeasuredError, attach.NotUp, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
         print(f"{error}\nwhat is up stays up, to be looked at: make local-down ends it", file=sys.stderr)
         return exits.FAILED
     except KeyboardInterrupt:

@@ -32,7 +32,14 @@ from stress.spec import LoadSpec
 
 STACK = "local"
 # A load that two cores carry beside what else happens on them.
-LOAD = {"users": 3, "ramp_seconds": 1, "prompt_tokens": 120, "max_tokens": 24, "request_timeout_seconds": 120}
+LOAD = {
+    "users": 3,
+    "ramp_seconds": 1,
+    "duration_seconds": 7200,
+    "prompt_tokens": 120,
+    "max_tokens": 24,
+    "request_timeout_seconds": 120,
+}
 # Learns nothing: its steps are too small to change an answer.
 USELESS = {"learning_rate": 1e-9, "num_train_epochs": 1}
 
@@ -50,8 +57,8 @@ class Chain:
     _memory: MemoryWatch = field(default_factory=lambda: MemoryWatch(10))
     _started: float = field(default_factory=time.monotonic)
 
-    def run(self, *, all_drills: bool) -> None:
-        """All steps. Raises what they raise; `local.json` then says how far it came."""
+    def run(self, *, all_drills: bool) -> bool:
+        """All steps: whether all that was tried held. Raises what they raise; `local.json` says how far it came."""
         # Name, what it does, the step, and the seconds that it took on two cores: the ETA that is shown.
         steps: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
             ("start", "control plane, pods' network, stand-ins for Azure", self.start, 15),
@@ -87,9 +94,13 @@ class Chain:
                 self._step(name, step)
         self.record["status"] = "finished"
         self.save()
-        for promise in report.promises(self.record):
-            if promise.held is not None:
-                self.say(f"{'held' if promise.held else 'BROKEN'}: {promise.text}")
+        promises = [promise for promise in report.promises(self.record) if promise.held is not None]
+        for promise in promises:
+            self.say(f"{'held' if promise.held else 'BROKEN'}: {promise.text}")
+        self.say(f"report: {self.out.with_suffix('.html')}  figures: {self.out}")
+        self.say(f"it stays up (make local-down ends it); its API, key in {self.folder / f'{STACK}.key'}:")
+        self.say(f'  curl -H "Authorization: Bearer $KEY" {self._cloud.router}/v1/models')
+        return all(promise.held for promise in promises)
 
     def _step(self, name: str, step: Callable[[], dict[str, Any]]) -> None:
         began = time.monotonic()

@@ -77,7 +77,8 @@ def loaded(ground: Ground, name: str) -> Iterator[Load]:
     """Load for as long as the block lasts; its figures are in the yielded object afterwards."""
     folder = ground.scratch / name
     plan = load_drills.Plan(out=ground.scratch, dataset=ground.dataset, fleet=Path(), spec=ground.load)
-    with load_drills.load(plan, ground.load, ground.router, folder, open_ended=True) as process:
+    log = ground.scratch / f"{name}.log"
+    with load_drills.load(plan, ground.load, ground.router, folder, open_ended=True, log=log) as process:
         process.wait_started(60)
         found = Load(process)
         yield found

@@ -1,4 +1,4 @@
-"""Parts of a local cluster whose pods really run; not in `make test` before the whole is there (`make local-parts`)."""
+"""Pods that really run, and what they meet: run by `make engine`, as root."""
 
 from tests.engine.conftest import tools
 
