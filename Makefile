@@ -43,7 +43,7 @@ live:
 	  apt-get install -y -q --no-install-recommends $(LOCAL_PACKAGES); } >/dev/null 2>&1; fi; true
 
 local: setup azurite tools live  ## the whole stack on this machine, its pods really running, and its drills (needs root)
-	@$(BIN)/python -m localcloud.live up --out $(OUT) $(if $(filter no,$(DRILLS)),--no-drills)
+	@$(BIN)/python -m localcloud.live up --out $(OUT) $(if $(DRILLS),--drills $(DRILLS))
 
 local-down: setup  ## end that cluster and remove what it wrote
 	@$(BIN)/python -m localcloud.live down --out $(OUT)

@@ -1,8 +1,8 @@
 """`python -m localcloud.live`: the whole stack on one machine, its pods really running (make local, make local-down).
 
-    python -m localcloud.live up              bring it up, tune, serve, drill; writes out/local.json, leaves it up
-    python -m localcloud.live up --no-drills  only bring it up
-    python -m localcloud.live down            end it and remove what it wrote; built images stay, for the next time
+    python -m localcloud.live up                    bring it up, tune, serve, drill; writes out/local.json, leaves it up
+    python -m localcloud.live up --drills none      only bring it up
+    python -m localcloud.live down                  end it and remove what it wrote; built images stay
 
 Needs root on Linux; nothing outside of its own namespaces is changed.
 """
@@ -19,7 +19,7 @@ from common import exits
 from common.settings import SettingsError
 from localcloud.cli import PulumiFailed
 from localcloud.live import attach, machine
-from localcloud.live.chain import Chain
+from localcloud.live.chain import DRILLS, Chain
 from localcloud.live.drills import DrillFailed
 from localcloud.tools import ROOT
 from stress.drills import NotMeasuredError
@@ -30,18 +30,26 @@ def main(arguments: list[str]) -> int:
         prog="python -m localcloud.live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["up", "down"])
-    parser.add_argument("--no-drills", action="store_true", help="stop when the adapters are served")
+    parser.add_argument(
+        "--drills",
+        default=",".join(DRILLS),
+        metavar="NAME,NAME",
+        help="which of them; none: only bring it up [%(default)s]",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="gets local/ and local.json (default: out)")
     parser.add_argument("--images", type=Path, default=ROOT / ".images", help="store of built images: .images")
     options = parser.parse_args(arguments)
     folder = options.out / "local"
+    wanted = [name for name in options.drills.split(",") if name != "none"]
+    if unknown := set(wanted) - set(DRILLS):
+        parser.error(f"--drills: {', '.join(sorted(unknown))}: not among {', '.join(DRILLS)}, none")
     try:
         if options.command == "down":
             return _down(folder, options.images)
         machine.check(folder.resolve(), options.images)
         chain = Chain(folder.resolve(), options.images.resolve(), options.out.resolve() / "local.json")
         print(f"at most {machine.disk_gib(options.images)} GiB of disk will be used, in {options.images} and {folder}")
-        return exits.OK if chain.run(all_drills=not options.no_drills) else exits.FAILED
+        return exits.OK if chain.run(wanted) else exits.FAILED
     except SettingsError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return exits.INPUT
@@ -58,8 +66,8 @@ def main(arguments: list[str]) -> int:
 def _down(folder: Path, images: Path) -> int:
     was_up = attach.stop(folder)
     attach.remove(folder)
-    print("ended, and removed" if was_up else "nothing was up", end="")
-    print(f"; built images stay in {images}: rm -r {images} removes them" if images.exists() else "")
+    left = f"; built images stay in {images}: rm -r {images} removes them" if images.exists() else ""
+    print(f"{'ended' if was_up else 'nothing was up'}; {folder} is removed{left}")
     return exits.OK
 
 

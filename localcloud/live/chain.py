@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +34,14 @@ STACK = "local"
 # A load that two cores carry beside what else happens on them.
 LOAD = {
     "users": 3,
+    "think_seconds": 1.5,
     "ramp_seconds": 1,
     "duration_seconds": 7200,
     "prompt_tokens": 120,
     "max_tokens": 24,
     "request_timeout_seconds": 120,
 }
+DRILLS = ("build", "retune", "rollout", "replica_kill", "node_loss", "outage")
 # Learns nothing: its steps are too small to change an answer.
 USELESS = {"learning_rate": 1e-9, "num_train_epochs": 1}
 
@@ -57,8 +59,11 @@ class Chain:
     _memory: MemoryWatch = field(default_factory=lambda: MemoryWatch(10))
     _started: float = field(default_factory=time.monotonic)
 
-    def run(self, *, all_drills: bool) -> bool:
-        """All steps: whether all that was tried held. Raises what they raise; `local.json` says how far it came."""
+    def run(self, wanted: Collection[str] = DRILLS) -> bool:
+        """All steps, and the drills that are `wanted`: whether all that was tried held.
+
+        Raises what they raise; `local.json` says how far it came.
+        """
         # Name, what it does, the step, and the seconds that it took on two cores: the ETA that is shown.
         steps: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
             ("start", "control plane, pods' network, stand-ins for Azure", self.start, 15),
@@ -67,15 +72,15 @@ class Chain:
             ("serving", "two replicas with the promoted adapters", self.serving, 60),
             ("stress", "the stack's own stress test, which waited for them", self.stress, 60),
         ]
-        if all_drills:
-            steps += [
-                ("build", "an image that does not build", self.drill(drills.broken_build), 30),
-                ("retune", "another learning rate, evicted in mid-run, promoted, rolled back", self.retune, 180),
-                ("rollout", "new serving code under load, and an adapter that fails its gate", self.rollout, 240),
-                ("replica_kill", "SIGKILL of an engine under load", self.drill(drills.replica_kill), 90),
-                ("node_loss", "a node deleted under load", self.drill(drills.node_loss), 150),
-                ("outage", "SIGKILL of all engines", self.drill(drills.outage), 100),
-            ]
+        choice: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
+            ("build", "an image that does not build", self.drill(drills.broken_build), 30),
+            ("retune", "another learning rate, evicted in mid-run, promoted, rolled back", self.retune, 180),
+            ("rollout", "new serving code under load, and an adapter that fails its gate", self.rollout, 240),
+            ("replica_kill", "SIGKILL of an engine under load", self.drill(drills.replica_kill), 90),
+            ("node_loss", "a node deleted under load", self.drill(drills.node_loss), 150),
+            ("outage", "SIGKILL of all engines", self.drill(drills.outage), 100),
+        ]
+        steps += [step for step in choice if step[0] in wanted]
         self.record = {
             "status": "interrupted",
             "started_at": time.time(),
@@ -154,6 +159,7 @@ class Chain:
             adapters=list(self._jobs), load=LoadSpec(**LOAD, models=list(self._jobs)),
             say=self.say, doing=self.doing,
         )  # fmt: skip
+        self.record["up_seconds"] = round(seconds, 1)
         return {"seconds": round(seconds, 1), "tuning_when_it_returned": running}
 
     def tuning(self) -> dict[str, Any]:
@@ -207,11 +213,13 @@ class Chain:
 
     def retune(self) -> dict[str, Any]:
         assert self.ground
-        return drills.retune(self.ground, "kubectl", 0.002)
+        found = drills.retune(self.ground, "kubectl", 0.002)
+        self.record |= {name: found[name] for name in ("switch_seconds", "eviction")}
+        return found
 
     def rollout(self) -> dict[str, Any]:
         assert self.ground
-        settings = self._settings()["drydock:adapters"]["kubectl"] | USELESS
+        settings = self._settings()["drydock:adapters"]["triage"] | USELESS
         return drills.failed_gate_and_rollout(self.ground, "useless", settings)
 
     def drill(self, drill: Callable[[Ground], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -179,20 +179,30 @@ def retune(ground: Ground, adapter: str, learning_rate: float) -> dict[str, Any]
         lambda config: config["drydock:adapters"][adapter].update(learning_rate=learning_rate),
     )
     evicted: dict[str, Any] = {}
-    with loaded(ground, f"retune-{adapter}") as load:
+    with contextlib.ExitStack() as opened:
+        loads: list[Load] = []
+
+        def look(job: Job) -> None:
+            _evict(ground, job, evicted)
+            # From shortly before its end on: what is to be seen is the switch, and a load would double the wait for it.
+            if "answers in" in job.doing and not loads:
+                loads.append(opened.enter_context(loaded(ground, f"retune-{adapter}")))
+
         up(ground)
         now = jobs(ground)
         if before is None or {name: now[name] for name in others} != others:
             raise DrillFailed(f"another learning_rate of {adapter} must start its Job alone, found {now}")
-        (job,) = follow(ground, now[adapter], each=lambda job: _evict(ground, job, evicted))
+        (job,) = follow(ground, now[adapter], each=look)
         after = promoted_digest(ground.store, adapter)
         if job.state != "complete" or after == before or after is None:
             raise DrillFailed(f"{job.name}: {job.state}, {adapter} is {after}: {job.reason} {job.doing}")
-        ground.say(f"{job.name}: promoted {version_of(after)}")
+        if not loads:
+            raise DrillFailed(f"{job.name}: it ended before the load began")
         seconds = switched(ground, adapter, version_of(after), replicas)
         promote(ground.store, adapter, before)
         back = switched(ground, adapter, version_of(before), replicas)
         time.sleep(SETTLE_SECONDS)
+    (load,) = loads
     if "resumed_at_step" not in evicted:
         raise DrillFailed(f"{job.name}: {evicted or 'was not evicted in mid-run'}: no sign of a resumed run in its log")
     return {
@@ -250,7 +260,8 @@ def failed_gate_and_rollout(ground: Ground, name: str, settings: dict[str, Any])
         raise DrillFailed(f"after {job.name} failed, the others do not answer as before: {ground.sight.replicas()}")
     return {
         "gate": {"adapter": name, "job": job.name, "reason": job.reason, "verdict": job.doing},
-        "rollout": {"seconds": round(seconds, 1), **load.figures()},
+        "seconds": round(seconds, 1),
+        **load.figures(),
     }
 
 

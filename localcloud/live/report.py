@@ -127,11 +127,8 @@ def _eviction(figures: Json) -> Seen:
 
 
 def _rollout(figures: Json) -> Seen:
-    rollout = figures.get("rollout")
-    if not isinstance(rollout, Mapping):
-        return UNMEASURED
-    held, text = _unharmed(rollout)
-    return held, f"{text}; all replicas replaced in {duration(rollout.get('seconds'))}"
+    held, text = _unharmed(figures)
+    return held, f"{text}; all replicas replaced in {duration(figures.get('seconds'))}"
 
 
 def _gate(figures: Json) -> Seen:
