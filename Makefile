@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
+DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
 .PHONY: help rehearse test unit stack contract engine tools local local-down live lint format setup registry azurite lock images preview up destroy render clean
 
@@ -51,10 +52,11 @@ local-down: setup  ## end that cluster and remove what it wrote
 tools: setup  ## build what that needs from Go modules into .engine (some 20 minutes, once)
 	@$(BIN)/python -m localcloud.tools
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and hadolint on the Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint $(DOCKERFILES)
 
 format: setup  ## let ruff put the code in order
 	$(BIN)/ruff check --fix-only .

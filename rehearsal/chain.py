@@ -23,10 +23,10 @@ from artifacts.store import open_store
 from common import exits
 from common.chat import answer, prompt_messages
 from common.files import file_digest, read_json, read_jsonl, write_json
+from common.memory import MemoryWatch
 from common.processes import Processes, free_ports, python, wait_for
 from common.settings import SettingsError, load_settings
 from rehearsal.fleet import Fleet
-from common.memory import MemoryWatch
 from serving.spec import ServingSpec
 from training.base import base_folder, base_revision
 from training.spec import TuningSpec

@@ -5,7 +5,9 @@
 ARG PYTHON_IMAGE=public.ecr.aws/docker/library/python:3.12.15-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3
 FROM ${PYTHON_IMAGE}
 
-# dumb-init turns the kubelet's SIGTERM into HAProxy's signal for an orderly end.
+# dumb-init turns the kubelet's SIGTERM into HAProxy's signal for an orderly end. No versions: Debian keeps only the newest
+# of a release, and the base image's digest says which release.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends dumb-init haproxy && rm -rf /var/lib/apt/lists/*
 
 RUN groupadd --gid 10001 drydock \

@@ -16,8 +16,8 @@ import pytest
 
 from common import processes as module
 from common.files import write_json, write_jsonl
-from common.processes import Processes, python, wait_for
 from common.memory import MemoryWatch
+from common.processes import Processes, python, wait_for
 
 
 def family(path: Path, trap: str = ":;") -> list[str]:

@@ -21,7 +21,7 @@ from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, Resource, mocked
 
 ROOT = Path(__file__).parents[2]
-STACKS = ("dev", "prod")
+STACKS = ("dev", "local", "prod")
 SECRET = "k3y-of-team-a"
 SECRET_SIGNATURE = "4dabf18193072939515e22adb298388d"  # how Pulumi marks a secret on its way to the engine
 
@@ -32,7 +32,7 @@ def config_of(stack: str) -> dict[str, Any]:
 
 def deployed(stack: str, change: dict[str, Any] | None = None) -> Recorder:
     config = config_of(stack) | {"drydock:api_keys": {"team-a": SECRET}} | (change or {})
-    if stack == "dev":
+    if stack != "prod":
         config["drydock:network"] = {"authorized_ip_ranges": ["198.18.0.7/32"]}  # not the documentation's example
     installed = patch("infra.kubeconfig.shutil.which", return_value="kubelogin")
     with installed, mocked(stack=stack, config=config) as seen:

@@ -79,10 +79,12 @@ def test_where_nobody_answers_the_connection_is_closed_at_once(tmp_path: Path) -
 
     for target in (tmp_path / "nobody", nowhere):
         port = free_port()
-        with contextlib.closing(Relay(("127.0.0.1", port), target)):
-            with socket.create_connection(("127.0.0.1", port), 10) as client:
-                client.settimeout(10)
-                assert client.recv(10) == b""
+        with (
+            contextlib.closing(Relay(("127.0.0.1", port), target)),
+            socket.create_connection(("127.0.0.1", port), 10) as client,
+        ):
+            client.settimeout(10)
+            assert client.recv(10) == b""
 
 
 def test_an_open_connection_does_not_hold_up_the_end_of_a_relay(echo: tuple[str, int]) -> None:
@@ -110,7 +112,7 @@ def dressed(tmp_path: Path, labels: dict[str, str], accounts: Accounts) -> dict[
     bundle = tmp_path / "bundle"
     bundle.write_text("certificates")
     container = {"name": "main", "env": [{"name": "SSL_CERT_FILE", "value": "own"}]}
-    pod = {
+    pod: dict[str, dict[str, Any]] = {
         "metadata": {"namespace": "team", "labels": labels},
         "spec": {
             "nodeName": "node-1",
