@@ -185,7 +185,7 @@ def retune(ground: Ground, adapter: str, learning_rate: float) -> dict[str, Any]
         def look(job: Job) -> None:
             _evict(ground, job, evicted)
             # From shortly before its end on: what is to be seen is the switch, and a load would double the wait for it.
-            if "answers in" in job.doing and not loads:
+            if re.search("adapter: .* answers in", job.doing) and not loads:
                 loads.append(opened.enter_context(loaded(ground, f"retune-{adapter}")))
 
         up(ground)
@@ -254,12 +254,13 @@ def failed_gate_and_rollout(ground: Ground, name: str, settings: dict[str, Any])
         seconds = time.monotonic() - started
         time.sleep(SETTLE_SECONDS)
     (job,) = follow(ground, jobs(ground)[name])
-    if job.state != "failed" or "FAILED" not in job.doing or promoted_digest(ground.store, name) is not None:
+    verdict = ground.sight.found(TUNING, job.name, rf"{name}: FAILED: .*")
+    if job.state != "failed" or verdict is None or promoted_digest(ground.store, name) is not None:
         raise DrillFailed(f"{job.name}: {job.state}; an adapter that learned nothing must not be promoted: {job.doing}")
     if not ready(ground, len(replicas)):
         raise DrillFailed(f"after {job.name} failed, the others do not answer as before: {ground.sight.replicas()}")
     return {
-        "gate": {"adapter": name, "job": job.name, "reason": job.reason, "verdict": job.doing},
+        "gate": {"adapter": name, "job": job.name, "reason": job.reason, "verdict": verdict},
         "seconds": round(seconds, 1),
         **load.figures(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -76,6 +77,13 @@ class Sight:
         """All that a container's starts have said, one after the other."""
         return "".join(path.read_text(errors="replace") for path in log_files(self._logs, namespace, pod, container))
 
+    def found(self, namespace: str, job: str, pattern: str) -> str | None:
+        """The newest match in what the pods of a Job have said."""
+        for path in self._newest_logs(namespace, job):
+            if matches := re.findall(pattern, path.read_text(errors="replace")):
+                return str(matches[-1])
+        return None
+
     def replicas(self) -> list[Replica]:
         return [self._replica(pod) for pod in self.pods(SERVING, "app=engine")]
 
@@ -96,9 +104,12 @@ class Sight:
             engine.get("restartCount", 0), said.get("adapters", {}), said.get("refused", {}),
         )  # fmt: skip
 
+    def _newest_logs(self, namespace: str, job: str) -> list[Path]:
+        files = (self._logs / "pods").glob(f"{namespace}_{job}-*/*/*.log")
+        return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
     def _newest_line(self, namespace: str, job: str) -> str:
-        files = list((self._logs / "pods").glob(f"{namespace}_{job}-*/*/*.log"))
-        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        for path in self._newest_logs(namespace, job):
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - TAIL_BYTES))
                 lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
