@@ -150,6 +150,8 @@ class Chain:
         if code := self._stack.show("up", "--yes", "--skip-preview", "--policy-pack", "policy"):
             raise DrillFailed(f"pulumi up: exit code {code}; the end is above")
         seconds = time.monotonic() - began
+        shutil.rmtree(self.folder / "drills", ignore_errors=True)  # the loads of a run before
+        (self.folder / "drills").mkdir()
         outputs = self._stack.outputs()
         self._jobs: dict[str, str] = dict(outputs["tuning_jobs"])
         running = [name for name in self._jobs.values() if (job := self._sight.job(TUNING, name)) and not job.over]
@@ -157,7 +159,7 @@ class Chain:
             stack=self._stack, sight=self._sight, store=open_store(outputs["adapter_store"]),
             router=self._cloud.router, dataset=ROOT / "rehearsal" / "data" / "kubectl.jsonl",
             adapters=list(self._jobs), load=LoadSpec(**LOAD, models=list(self._jobs)),
-            say=self.say, doing=self.doing,
+            say=self.say, doing=self.doing, scratch=self.folder / "drills",
         )  # fmt: skip
         self.record["up_seconds"] = round(seconds, 1)
         return {"seconds": round(seconds, 1), "tuning_when_it_returned": running}

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +54,7 @@ class Ground:
     load: LoadSpec
     say: Callable[[str], None]
     doing: Callable[[str], None]
-    scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="drydock-drills-")))
+    scratch: Path
 
 
 def wait(
