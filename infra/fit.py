@@ -42,6 +42,13 @@ SAMPLER_BYTES = 40
 128,256 entries (PR 10511): logits in two precisions, sorted copies with indices, probabilities."""
 TUNING_RUNTIME_GIB = 1.0
 """CUDA context, cuBLAS workspace and the allocator's unused rest."""
+READS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "input of attention"),
+    "o_proj": "output of attention",
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "input of the MLP"),
+    "down_proj": "inside of the MLP",
+}
+"""Which tensor a layer reads (modeling_llama.py and modeling_phi3.py of transformers 5.19)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class ServingLoad:
 
 @dataclass(frozen=True)
 class TuningLoad:
-    """One forward and backward pass: `batch_rows` rows, padded to `max_seq_length` tokens."""
+    """One forward and backward pass: at most `batch_rows` x `max_seq_length` tokens, packed without padding."""
 
     batch_rows: int
     max_seq_length: int
@@ -110,7 +117,7 @@ class TuningLoad:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the pass, padding included."""
+        """The most tokens of the pass."""
         return self.batch_rows * self.max_seq_length
 
 
@@ -166,22 +173,30 @@ def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
     """The estimate for `training.tune` on one GPU of `size`.
 
     The bytes of a layer's activations are those that autograd keeps in transformers 5.19 with peft 0.21, counted by
-    operation in the manner of Korthikanti et al. 2022 (section 4.1). Attention by SDPA keeps no scores; but
-    a batch with padding keeps a mask for each layer and repeats keys and values for all heads.
+    operation in the manner of Korthikanti et al. 2022 (section 4.1). Attention by SDPA keeps no scores, and rows
+    are packed (training.packing), so there is no mask. In bf16 heads share keys and values; in fp32 each has its own.
     """
     width = 2 if size.gpu.bf16 else 4  # training.tune.load_model takes fp32 where the GPU has no bf16
-    targets = [shape for layer, shape in model.linear_layers.items() if layer in load.target_modules]
-    trained = sum(model.num_hidden_layers * load.lora_r * (inputs + outputs) for inputs, outputs in targets)
-    # An adapter computes in fp32: its input is copied, and dropout keeps a mask of one byte beside it.
-    adapter_width = 5 if load.lora_dropout else 4
-    adapters = sum(adapter_width * inputs + 4 * load.lora_r for inputs, _ in targets)
+    targets = {layer: shape for layer, shape in model.linear_layers.items() if layer in load.target_modules}
+    trained = sum(model.num_hidden_layers * load.lora_r * (inputs + outputs) for inputs, outputs in targets.values())
+    copy = 2 if size.gpu.bf16 else 0
+    # An adapter keeps its input. Dropout makes it a copy of its own and keeps a mask of one byte beside it; without
+    # dropout the layers that read the same tensor keep it once. Autocast leaves it in the base's precision.
+    if load.lora_dropout:
+        adapters = sum((width + 1) * inputs for inputs, _ in targets.values())
+    else:
+        adapters = sum(
+            width * inputs for inputs in {READS[layer]: shape[0] for layer, shape in targets.items()}.values()
+        )
+    adapters += width * load.lora_r * len(targets)
     norms = 8 * model.hidden_size + 8
     query, key = model.query_size, model.key_value_size
     if model.model_type == "qwen3":
         norms += 4 * (query + key + model.num_attention_heads + model.num_key_value_heads)
-    padded = load.batch_rows > 1
-    attention = width * (4 * query + load.max_seq_length if padded else 2 * (query + key))
-    attention += 4 * model.num_attention_heads
+    repeated = not size.gpu.bf16 and query != key
+    attention = width * 2 * (query + (query if repeated else key)) + 4 * model.num_attention_heads
+    if model.model_type == "phi3" and not repeated:
+        attention += width * (query + key)  # its values are a part of one tensor, which stays as a whole
     layer = norms + attention + 3 * width * model.intermediate_size + adapters
     if load.gradient_checkpointing:
         kept = model.num_hidden_layers * width * model.hidden_size + layer
@@ -198,9 +213,9 @@ def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
         ),
         Term(
             "adapter, gradients, AdamW",
-            16 * trained / GIB,
-            f"{trained:,} parameters x (4 + 4 + 8) bytes",
-            "fp32, torch.optim.AdamW",
+            (16 + copy) * trained / GIB,
+            f"{trained:,} parameters x (4 + 4 + 8{' + 2' if copy else ''}) bytes",
+            "fp32, torch.optim.AdamW" + ("; autocast's bf16 copy" if copy else ""),
         ),
         Term(
             "activations",

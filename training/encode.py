@@ -12,6 +12,9 @@ from training.dataset import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROWS_AT_ONCE = 1000
+"""Rows that the tokenizer gets in one call: it spreads them over the cores."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -34,6 +37,47 @@ def encode(row: Row, line: int, tokenizer: PreTrainedTokenizerBase) -> Example:
     derived from it (the pad = eos trap: a model that never stops). Raises `SettingsError` when the template
     cannot be cut at the answer.
     """
+    return _encode([(line, row)], tokenizer)[0]
+
+
+def encode_all(
+    rows: list[tuple[int, Row]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> tuple[list[Example], list[int]]:
+    """`(examples, dropped lines)`: a row beyond `max_seq_length` tokens is dropped whole, never cut.
+
+    Not cached between attempts: 10,000 rows of 44 tokens take about 2 s on two CPU cores.
+    """
+    examples, dropped = [], []
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        for example in _encode(rows[first : first + ROWS_AT_ONCE], tokenizer):
+            if len(example.ids) <= max_seq_length:
+                examples.append(example)
+            else:
+                dropped.append(example.line)
+    return examples, dropped
+
+
+def _encode(rows: list[tuple[int, Row]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    texts = [_prompt_and_answer(row, tokenizer) for _, row in rows]
+    prompts, answers = (
+        tokenizer([pair[side] for pair in texts], add_special_tokens=False)["input_ids"] for side in (0, 1)
+    )
+    end_tokens = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end_tokens.add(int(tokenizer.eos_token_id))
+    examples = []
+    for (line, _), prompt_ids, answer_ids in zip(rows, prompts, answers, strict=True):
+        ends = [position for position, token in enumerate(answer_ids) if token in end_tokens]
+        if not ends:
+            raise SettingsError(
+                ["base_model: its chat template ends no assistant turn with the eos token or another special token; "
+                 "the tuned model would never stop"]
+            )  # fmt: skip
+        answer_ids = answer_ids[: ends[-1] + 1]  # what some templates add after the turn is not the model's to say
+        examples.append(Example(line, tuple(prompt_ids + answer_ids), len(prompt_ids)))
+    return examples
+
+
+def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     messages = prompt_messages(row)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer(row)}], tokenize=False)
@@ -42,32 +86,4 @@ def encode(row: Row, line: int, tokenizer: PreTrainedTokenizerBase) -> Example:
             ["base_model: its chat template changes the prompt or the answer when the answer is added, so the loss "
              "cannot be limited to the answer; use a template that appends turns unchanged"]
         )  # fmt: skip
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    ends = [position for position, token in enumerate(answer_ids) if token in _end_tokens(tokenizer)]
-    if not ends:
-        raise SettingsError(
-            ["base_model: its chat template ends no assistant turn with the eos token or another special token; "
-             "the tuned model would never stop"]
-        )  # fmt: skip
-    answer_ids = answer_ids[: ends[-1] + 1]  # what some templates add after the turn is not the model's to say
-    return Example(line, tuple(prompt_ids + answer_ids), len(prompt_ids))
-
-
-def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {int(tokenizer.eos_token_id)} | special
-
-
-def encode_all(
-    rows: list[tuple[int, Row]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> tuple[list[Example], list[int]]:
-    """`(examples, dropped lines)`: a row beyond `max_seq_length` tokens is dropped whole, never cut."""
-    examples, dropped = [], []
-    for line, row in rows:
-        example = encode(row, line, tokenizer)
-        if len(example.ids) <= max_seq_length:
-            examples.append(example)
-        else:
-            dropped.append(line)
-    return examples, dropped
+    return prompt, whole[len(prompt) :]

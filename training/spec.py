@@ -41,8 +41,12 @@ class TuningSettings(Settings):
 
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     num_train_epochs: int = Field(3, ge=1, le=1000, description="Passes over the tuning split.")
-    per_device_train_batch_size: int = Field(4, ge=1, description="Rows in one forward pass.")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="Forward passes in one optimiser step.")
+    per_device_train_batch_size: int = Field(
+        4, ge=1, description="Memory: a forward pass packs rows up to this many times max_seq_length tokens."
+    )
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="An optimiser step takes this many times per_device_train_batch_size rows."
+    )
     lora_r: int = Field(
         16, ge=1, le=MAX_LORA_RANK, description="Rank of the adapter; 512 is the most that vLLM serves."
     )
