@@ -137,7 +137,6 @@ class Chain:
         self._memory.others.append(cloud.pid)
         self.say(f"kubectl --kubeconfig {self.folder / 'kubeconfig'} get pods -A")
         os.environ["DRYDOCK_REGISTRY_ENDPOINT"] = cloud.registry
-        os.environ["DRYDOCK_API_KEY"] = ""
         stack = cloud.stack(STACK)
         stack.unlock()
         os.environ["DRYDOCK_API_KEY"] = (self.folder / f"{STACK}.key").read_text()
@@ -178,8 +177,8 @@ class Chain:
             else:
                 _, card = read_card(self.ground.store, adapter, digest)
                 evaluation = card.evaluation
-                entry |= {key: evaluation[key] for key in ("base", "adapter", "gain", "gain_ci95") if key in evaluation}
-                entry["adapter"], entry["score"] = adapter, evaluation.get("adapter")
+                entry |= {key: evaluation[key] for key in ("base", "gain", "gain_ci95") if key in evaluation}
+                entry["score"] = evaluation.get("adapter")
             found.append(entry)
         self.record["adapters"] = found
         if failed:

@@ -30,10 +30,10 @@ from localcloud.front import Front
 from localcloud.images import Store
 from localcloud.live.places import DAEMON_FILE, sockets
 from localcloud.live.relay import Relay
+from localcloud.tools import ROOT
 
 INSIDE_SECONDS = 120.0  # some ten on an idle machine
 MODELS = {"drydock/tiny": "rehearsal/base"}
-ROOT = Path(__file__).parents[2]
 
 
 def main(folder: Path, images: Path) -> None:

@@ -506,7 +506,7 @@ def logs_come(tools: Tools, images: Busybox, tmp_path: Path) -> None:
             assert [next(lines), next(lines)] == [b"one", b"two"]
             assert log("talks", tailLines="1").text == "two\n"
             (sleeper,) = processes(talk)
-            Path(f"/proc/{sleeper}/root/tmp/go").touch()
+            Path("/proc", str(sleeper), "root", "tmp", "go").touch()
             assert list(lines) == [b"three"]
             ends(api, "talks")
             assert log("talks", limitBytes="5").text == "one\nt"
