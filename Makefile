@@ -8,7 +8,7 @@ UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit stack contract engine tools local local-down live lint format setup registry azurite lock images preview up destroy render clean
+.PHONY: help rehearse test unit stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning images preview up destroy render clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -123,10 +123,22 @@ lock: setup  ## resolve pyproject.toml anew into requirements/*.lock and require
 	for group in training serving-gpu serving-cpu router stress; do lock=requirements/$$group.lock; \
 	  cat requirements/machine.lock $(if $(UPGRADE),,$$(ls $$lock 2>/dev/null)) > $$lock.new && mv $$lock.new $$lock && \
 	  $(LOCK) --group $$group -o $$lock || exit 1; done
+	cat requirements/machine.lock $(if $(UPGRADE),,benches/requirements.lock) > benches/requirements.lock.new && \
+	  mv benches/requirements.lock.new benches/requirements.lock && $(LOCK) --group bench -o benches/requirements.lock
 # The deployer's machine may be a Mac or run Windows: --no-config leaves out the Linux-only environments.
 	cp requirements/machine.lock requirements.txt
 	$(LOCK) --no-config --group stack --no-header -o requirements.txt
 	sed -i '1i # What `pulumi up` needs on the machine that runs it, and no more; written by: make lock' requirements.txt
+
+# TRL and its own dependencies stay out of .venv: no product needs them.
+BENCH := .venv-bench
+$(BENCH)/.installed: benches/requirements.lock $(READY)
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BIN)/uv pip sync -q --require-hashes --python $(BENCH)/bin/python benches/requirements.lock
+	@touch $@
+
+bench-tuning: $(BENCH)/.installed  ## tokens/s of our trainer and of TRL on this machine, alone on it for some 15 minutes
+	$(BENCH)/bin/python -m benches.tuning --out $(OUT)
 
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(if $(shell command -v $(tool)),$(tool))))
 IMAGES ?= training serving router stress
@@ -136,4 +148,4 @@ images:  ## build the images as drydock/NAME by docker, podman or buildah (IMAGE
 	for image in $(IMAGES); do $(BUILDER) build $(BUILD_ARGS) -f $$(ls $$image/Dockerfile */$$image.Dockerfile 2>/dev/null) -t drydock/$$image . || exit 1; done
 
 clean:  ## remove what was installed and written
-	rm -rf $(VENV) .venv-pulumi .engine .images out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) .venv-pulumi .engine .images out .pytest_cache .mypy_cache .ruff_cache

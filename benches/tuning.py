@@ -38,7 +38,7 @@ TRL: dict[str, dict[str, Any]] = {
     "trl, 1 row": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
     "trl, 4 rows padded": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     "trl, 4 rows padding-free": {
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "padding_free": True,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "padding_free": True, "max_length": None,
     },
     "trl, packed": {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 1024,
@@ -130,7 +130,7 @@ def prepare(folder: Path, rows: int) -> dict[str, Any]:
     # No warm-up: ours starts it above 0 and transformers at 0, which counts in so few steps.
     spec = TuningSpec(
         adapter="bench", base_model=str(folder / "base"), dataset=str(data), num_train_epochs=1, lora_r=8,
-        lora_alpha=8, lora_dropout=0.0, learning_rate=2e-3, warmup_ratio=0.0, save_steps=10**6,
+        lora_alpha=8, lora_dropout=0.0, learning_rate=2e-3, warmup_ratio=0.0, save_minutes=1e6,
         held_out_fraction=0.1,
     )  # fmt: skip
     write_json(folder / "spec.json", spec.model_dump(mode="json"))

@@ -88,18 +88,18 @@ def attend(
     `row_starts` are the first tokens of the rows, and the number of all tokens; without it there is one row. It
     reaches this place through the keyword arguments of the model's `forward`, as those of flash attention do.
     """
-    bounds = list(pairwise(row_starts or [0, query.shape[2]]))
+    lengths = [end - first for first, end in pairwise(row_starts or [0, query.shape[2]])]
     heads = query.shape[1] // key.shape[1]
     grouped = heads > 1 and query.dtype != torch.float32
     if heads > 1 and not grouped:  # in fp32 no fused kernel of CUDA takes fewer heads of keys than of queries
         key, value = (each.repeat_interleave(heads, dim=1) for each in (key, value))
     parts = []
-    for first, end in bounds:
-        band = _band(end - first, sliding_window, query.device)
+    # Not slices: the backward pass of each would fill a gradient as long as the whole pass with zeros.
+    for q, k, v in zip(*(torch.split(each, lengths, dim=2) for each in (query, key, value)), strict=True):
+        band = _band(q.shape[2], sliding_window, query.device)
         part = scaled_dot_product_attention(
-            query[:, :, first:end], key[:, :, first:end], value[:, :, first:end],
-            attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped,
-        )  # fmt: skip
+            q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
+        )
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1), None
 

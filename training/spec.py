@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,8 +63,20 @@ class TuningSettings(Settings):
     seed: int = Field(42, ge=0, description="Order of the rows, initial adapter, dropout.")
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the rows kept away from tuning.")
     logging_steps: int = Field(5, ge=1, description="Optimiser steps between two recorded measurements.")
-    save_steps: int = Field(50, ge=1, description="Optimiser steps between two checkpoints.")
+    save_minutes: float = Field(5, gt=0, description="Minutes between two checkpoints; SIGTERM writes one as well.")
+    save_steps: int | None = Field(None, ge=1, description="Also a checkpoint each so many optimiser steps.")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass instead of keeping them: a third slower, far less "
+        "memory. None: in a stack only where the GPU needs it, else no.",
+    )
+    load_in_4bit: bool = Field(
+        False, description="QLoRA: the base in 4 bits (NF4, double quantisation) while tuning. It is served whole."
+    )
     gate: GateSpec = Field(default_factory=GateSpec, description="What the adapter must prove before it is served.")
+
+
+ASIDE = ("gate", "logging_steps", "save_minutes", "save_steps", "gradient_checkpointing", "dataset", "base_model")
 
 
 class TuningSpec(TuningSettings):
@@ -73,13 +85,14 @@ class TuningSpec(TuningSettings):
     adapter: AdapterName = Field(description="The alias that clients will put into `model`.")
     base_model: str = Field(min_length=1, description="Folder of the base model (config, weights, tokenizer).")
 
-    def fingerprint(self, *, dataset_digest: str, base_revision: str) -> str:
-        """Hex SHA-256 of everything that decides the weights: settings, data and base, not how often it logs.
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide the weights: not where data and base lie, how often it logs, where memory is saved.
 
-        The gate is left out: another threshold asks for another verdict, not for another training.
+        The gate is left out too: another threshold asks for another verdict, not for another training.
         """
-        settings = self.model_dump(
-            mode="json", exclude={"gate", "logging_steps", "save_steps", "dataset", "base_model"}
-        )
-        settings |= {"dataset_digest": dataset_digest, "base_revision": base_revision}
+        return self.model_dump(mode="json", exclude=set(ASIDE))
+
+    def fingerprint(self, *, dataset_digest: str, base_revision: str) -> str:
+        """Hex SHA-256 of everything that decides the weights: settings, data and base."""
+        settings = self.result_settings() | {"dataset_digest": dataset_digest, "base_revision": base_revision}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

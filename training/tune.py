@@ -36,6 +36,7 @@ from training import checkpoint
 from training.base import base_folder, base_limits, base_revision, load_tokenizer
 from training.dataset import Checked, Problem, Row, is_held_out, read
 from training.encode import Example, encode_all
+from training.fused import fuse
 from training.packing import ATTENTION, pack, summed_loss
 from training.progress import Measurement, Progress
 from training.spec import TuningSpec
@@ -146,7 +147,7 @@ def tune(
     ):
         progress.dropped(len(dropped))
         progress.resumed(done_before.step)
-        started = window_started = time.monotonic()
+        started = window_started = saved = time.monotonic()
         tokens = window_tokens = done_before.tokens
         loss_sum, loss_tokens, last_loss = 0.0, 0, math.nan
         for step, batches in steps(examples, spec, start=done_before.step):
@@ -185,8 +186,11 @@ def tune(
                     )
                 )
                 window_started, window_tokens, loss_sum, loss_tokens = now, tokens, 0.0, 0
-            if sigterm.came or (step % spec.save_steps == 0 and step < total_steps):
+            due = time.monotonic() - saved >= 60 * spec.save_minutes
+            due = due or (spec.save_steps is not None and step % spec.save_steps == 0)
+            if sigterm.came or (due and step < total_steps):
                 save(step)
+                saved = time.monotonic()
             if sigterm.came and step < total_steps:
                 raise Terminated(f"stopped at step {step} of {total_steps}; run again to resume")
         seconds = done_before.seconds + time.monotonic() - started
@@ -286,6 +290,7 @@ def load_model(spec: TuningSpec, folder: Path, device: torch.device) -> Any:
         bias="none",  # vLLM refuses adapters with biases
     )
     model = get_peft_model(base.to(device), config, autocast_adapter_dtype=True)
+    fuse(model)
     return model.train()
 
 

@@ -83,6 +83,7 @@ def test_any_other_name_is_refused(name: str) -> None:
         {"gradient_accumulation_steps": 2}, {"lora_r": 8}, {"lora_alpha": 16}, {"lora_dropout": 0.0},
         {"lora_target_modules": ("q_proj",)}, {"max_seq_length": 512}, {"lr_scheduler_type": "cosine"},
         {"warmup_ratio": 0.1}, {"weight_decay": 0.1}, {"max_grad_norm": 0.5}, {"seed": 1}, {"held_out_fraction": 0.2},
+        {"load_in_4bit": True},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -98,9 +99,12 @@ def test_the_fingerprint_changes_with_data_and_base() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"logging_steps": 1}, {"save_steps": 7}, {"gate": {"min_gain": 0.5}}, {"dataset": "x"}, {"base_model": "y"}],
+    [
+        {"logging_steps": 1}, {"save_steps": 7}, {"save_minutes": 1}, {"gradient_checkpointing": True},
+        {"gate": {"min_gain": 0.5}}, {"dataset": "x"}, {"base_model": "y"},
+    ],
     ids=lambda change: next(iter(change)),
-)
+)  # fmt: skip
 def test_the_fingerprint_ignores_how_often_it_logs_the_gate_and_where_things_lie(change: dict[str, Any]) -> None:
     assert fingerprint(**change) == fingerprint()
 
