@@ -66,19 +66,19 @@ class Chain:
         """
         # Name, what it does, the step, and the seconds that it took on two cores: the ETA that is shown.
         steps: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
-            ("start", "control plane, pods' network, stand-ins for Azure", self.start, 15),
-            ("up", "pulumi up: build the images, declare everything", self.up, 60 if self._built() else 700),
+            ("start", "control plane, pods' network, stand-ins for Azure", self.start, 7),
+            ("up", "pulumi up: build the images, declare everything", self.up, 40 if self._built() else 700),
             ("tuning", "two adapters, tuned and held against the base", self.tuning, 300),
-            ("serving", "two replicas with the promoted adapters", self.serving, 60),
-            ("stress", "the stack's own stress test, which waited for them", self.stress, 60),
+            ("serving", "two replicas with the promoted adapters", self.serving, 10),
+            ("stress", "the stack's own stress test, which waited for them", self.stress, 45),
         ]
         choice: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
-            ("build", "an image that does not build", self.drill(drills.broken_build), 30),
-            ("retune", "another learning rate, evicted in mid-run, promoted, rolled back", self.retune, 180),
-            ("rollout", "new serving code under load, and an adapter that fails its gate", self.rollout, 240),
-            ("replica_kill", "SIGKILL of an engine under load", self.drill(drills.replica_kill), 90),
-            ("node_loss", "a node deleted under load", self.drill(drills.node_loss), 150),
-            ("outage", "SIGKILL of all engines", self.drill(drills.outage), 100),
+            ("build", "an image that does not build", self.drill(drills.broken_build), 40),
+            ("retune", "another learning rate, evicted in mid-run, promoted, rolled back", self.retune, 155),
+            ("rollout", "new serving code under load, and an adapter that fails its gate", self.rollout, 310),
+            ("replica_kill", "SIGKILL of an engine under load", self.drill(drills.replica_kill), 55),
+            ("node_loss", "a node deleted under load", self.drill(drills.node_loss), 170),
+            ("outage", "SIGKILL of all engines", self.drill(drills.outage), 45),
         ]
         steps += [step for step in choice if step[0] in wanted]
         self.record = {

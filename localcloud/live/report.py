@@ -146,8 +146,8 @@ def _cut(figures: Json) -> Seen:
         return UNMEASURED
     requests, failed, begun = counts
     other = failed - begun
-    text = f"{requests:,} requests, {other or 'none'} failed"
-    return requests > 0 and other == 0, f"{text}, and {begun} stream{'s' * (begun != 1)} that had begun"
+    cut = f" but {begun} stream{'s' * (begun != 1)} that had begun" if begun else ""
+    return requests > 0 and other == 0, f"{requests:,} requests, {other or 'none'} failed{cut}"
 
 
 def _replica_kill(figures: Json) -> Seen:

@@ -164,7 +164,7 @@ def test_a_run_in_which_everything_held(tmp_path: Path) -> None:
     assert "pulumi up: returned after 58.3 s, while 2 tuning Jobs still ran" in texts
     assert "adapter kubectl: promoted, 0.0 → 92.4 %, gain between +86.4 and +97.4 points (95 %)" in texts
     assert "eviction in mid-run: evicted at step 46, resumed at step 40" in texts
-    assert "replica killed: 402 requests, none failed, and 1 stream that had begun; ready again in 1 min 23 s" in texts
+    assert "replica killed: 402 requests, none failed but 1 stream that had begun; ready again in 1 min 23 s" in texts
     shown = page(whole(), tmp_path).shown
     assert f"All {len(found)} promises held" in shown and "not run" not in shown
     for text in (
@@ -207,8 +207,8 @@ def test_a_run_in_which_everything_held(tmp_path: Path) -> None:
         ("retune/failed", 1, "switch under load", "1,204 requests, 1 failed"),
         ("retune/eviction/resumed_at_step", 0, "eviction in mid-run", "resumed at step 0"),
         ("rollout/failed", 2, "rolling update", "512 requests, 2 failed"),
-        ("replica_kill/failed", 4, "replica killed", "402 requests, 3 failed, and 1 stream that had begun"),
-        ("node_loss/failed", 3, "node deleted", "611 requests, 1 failed, and 2 streams that had begun"),
+        ("replica_kill/failed", 4, "replica killed", "402 requests, 3 failed but 1 stream that had begun"),
+        ("node_loss/failed", 3, "node deleted", "611 requests, 1 failed but 2 streams that had begun"),
         ("rollout/gate", {}, "failed gate", "not measured"),
         ("outage/all_replicas_seconds", None, "outage", "not measured"),
         ("stress/failed", "none", "stress test", "not measured"),
