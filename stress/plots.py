@@ -97,7 +97,7 @@ def marks(episode: Episode) -> list[Mark]:
 
 
 @contextmanager
-def _figure(width: int, height: int) -> Iterator[Any]:
+def canvas(width: int, height: int) -> Iterator[Any]:
     """A figure of `width` x `height` px in the report's style."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -136,7 +136,7 @@ def _figure(width: int, height: int) -> Iterator[Any]:
         yield Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
-def _svg(figure: Any, name: str, title: str, description: str) -> str:
+def svg(figure: Any, name: str, title: str, description: str) -> str:
     """`figure` as an `<svg>` element whose ids begin with `name-`; `description` is the text for who cannot see it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -168,7 +168,7 @@ def speed(events: Sequence[Mapping[str, Any]]) -> str:
 def _steps(events: Sequence[Mapping[str, Any]], key: str, title: str, unit: str, colour: str) -> str:
     events = _thin(events)
     steps, values = [event["step"] for event in events], [event[key] for event in events]
-    with _figure(HALF, 240) as figure:
+    with canvas(HALF, 240) as figure:
         axes = figure.subplots()
         axes.plot(
             steps, values, color=COLOURS[colour], marker="o" if len(steps) < 3 else None, gid=f"{_slug(title)}-series"
@@ -177,7 +177,7 @@ def _steps(events: Sequence[Mapping[str, Any]], key: str, title: str, unit: str,
         axes.set_ylim(0, max(values) * 1.08 or 1)
         axes.yaxis.set_major_formatter(_thousands)
         spoken = f"From {values[0]:,.4g} to {values[-1]:,.4g} {unit} in {steps[-1]} optimiser steps"
-        return _svg(figure, _slug(title), f"{title} while tuning", spoken)
+        return svg(figure, _slug(title), f"{title} while tuning", spoken)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Score:
 
 def scores(values: Sequence[Score]) -> str:
     """Bars of the base's and the adapter's mean score in each metric; at least one."""
-    with _figure(HALF, 100 + 60 * len(values)) as figure:
+    with canvas(HALF, 100 + 60 * len(values)) as figure:
         axes = figure.subplots()
         for offset, who, colour in ((-0.2, "base", "base"), (0.2, "adapter", "blue")):
             percents = [100 * getattr(score, who) for score in values]
@@ -214,12 +214,12 @@ def scores(values: Sequence[Score]) -> str:
             f"{name}: base {100 * score.base:.1f} %, adapter {100 * score.adapter:.1f} %"
             for name, score in zip(names, values, strict=True)
         )
-        return _svg(figure, "score", "Score of base and adapter on held-out examples", spoken)
+        return svg(figure, "score", "Score of base and adapter on held-out examples", spoken)
 
 
 def gain(values: Sequence[Score], confidence: float) -> str:
     """The gain in each metric with its interval; the gate's minimum is a dashed line, a gain below it is red."""
-    with _figure(HALF, 100 + 60 * len(values)) as figure:
+    with canvas(HALF, 100 + 60 * len(values)) as figure:
         axes = figure.subplots()
         shown, spoken = [0.0], []
         for row, score in enumerate(values):
@@ -255,7 +255,7 @@ def gain(values: Sequence[Score], confidence: float) -> str:
         axes.grid(axis="y", visible=False)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower left")
-        return _svg(figure, "gain", "Gain of the adapter over its base", "; ".join(spoken))
+        return svg(figure, "gain", "Gain of the adapter over its base", "; ".join(spoken))
 
 
 def timeline(episodes: Sequence[Episode]) -> str:
@@ -268,7 +268,7 @@ def timeline(episodes: Sequence[Episode]) -> str:
     starts = [episode.start for episode in episodes]
     spans = [episode.span for episode in episodes]
     longest = max(spans)
-    with _figure(WIDE, 430) as figure:
+    with canvas(WIDE, 430) as figure:
         grid = figure.subplots(
             2,
             len(episodes),
@@ -362,12 +362,12 @@ def timeline(episodes: Sequence[Episode]) -> str:
             + "".join(f", {', '.join(mark.names)} at {mark.seconds:.0f} s" for mark in marks(episode))
             for episode in episodes
         )
-        return _svg(figure, "timeline", "Time to first token and requests per second over time", spoken)
+        return svg(figure, "timeline", "Time to first token and requests per second over time", spoken)
 
 
 def latency(series: Mapping[str, Sequence[float]]) -> str:
     """Cumulative share of requests over milliseconds for each series, such as `{"TTFT": [...]}`; none may be empty."""
-    with _figure(WIDE, 270) as figure:
+    with canvas(WIDE, 270) as figure:
         axes = figure.subplots()
         spoken = []
         for (name, values), colour in zip(series.items(), SERIES, strict=False):
@@ -401,13 +401,13 @@ def latency(series: Mapping[str, Sequence[float]]) -> str:
         axes.xaxis.set_major_formatter(_thousands)
         axes.set(xlabel="milliseconds", ylabel="share of requests (%)", ylim=(0, 101), title="Requests answered within")
         axes.legend(loc="lower right")
-        return _svg(figure, "latency", "Distribution of latency", "; ".join(spoken))
+        return svg(figure, "latency", "Distribution of latency", "; ".join(spoken))
 
 
 def phases(values: Mapping[str, float]) -> str:
     """One stacked bar of an outage's phases, `{phase: seconds}`, in their order."""
     total = sum(values.values())
-    with _figure(WIDE, 130 + 18 * ((len(values) + 3) // 4)) as figure:
+    with canvas(WIDE, 130 + 18 * ((len(values) + 3) // 4)) as figure:
         axes = figure.subplots()
         start = 0.0
         for number, (name, seconds) in enumerate(values.items()):
@@ -428,7 +428,7 @@ def phases(values: Mapping[str, float]) -> str:
         axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=min(4, len(values)))
         spoken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in values.items())
-        return _svg(figure, "phases", "Recovery from the outage by phase", f"{spoken}; {total:.1f} s in all")
+        return svg(figure, "phases", "Recovery from the outage by phase", f"{spoken}; {total:.1f} s in all")
 
 
 def _thin(values: Sequence[Item]) -> list[Item]:

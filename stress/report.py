@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,11 @@ def get(value: Any, path: str) -> Any:
 def number(value: Any) -> bool:
     """Whether `value` is a finite number (a bool is none)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def percent(value: Any, form: str = "%.1f") -> str:
+    """A share of 1 in percent, without the sign; a dash for what is no number."""
+    return fixed(100 * value, form) if number(value) else "–"
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -440,10 +444,8 @@ def _scores(evaluation: Json) -> tuple[list[Any], float]:
 
 def render(root: Path, report: Json) -> str:
     """The self-contained page for `report`, with plots and examples from the files in `root`."""
-    import jinja2
-    from markupsafe import Markup
-
     from stress import plots
+    from stress.page import page
 
     folder = Folder(root)
     drawn: dict[str, str] = {}
@@ -484,27 +486,16 @@ def render(root: Path, report: Json) -> str:
         if isinstance(rows, list) and rows:
             samples[name] = [row for row in rows if isinstance(row, dict)]
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.ChainableUndefined,
-    )
-    environment.filters |= {f.__name__: f for f in (duration, figure, fixed, pairs, listed, clip)}
-    environment.filters["percent"] = lambda value: fixed(100 * value, "%.1f")
-    environment.filters["clock"] = lambda at: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
-    environment.tests["figure"] = number
-    return environment.get_template("report.html.j2").render(
+    return page(
+        Path(__file__).with_name("report.html.j2"), listed, clip, percent,
+        plots=drawn,
         report=report,
         main=main,
-        # SVG made by matplotlib here, which escapes every text in it
-        plots={name: Markup(svg) for name, svg in drawn.items()},
         marks=[(episode.name, plots.marks(episode)) for episode in shown],
         samples=samples,
         drills=DRILLS,
         good=GOOD,
-    )
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,14 +7,13 @@ failed shows its error.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.files import write_atomic
-from stress.report import duration, figure, fixed, get, number, pairs
+from stress.report import duration, figure, get, number, pairs, percent
 
 Json = Mapping[str, Any]
 # Whether a promise held, and what was seen. None: nothing was measured, so neither.
@@ -186,10 +185,8 @@ def write(record: Json, target: Path) -> None:
 
 def render(record: Json) -> str:
     """The page: HTML with its style and its plots inside, without scripts."""
-    import jinja2
-    from markupsafe import Markup
-
     from stress import plots
+    from stress.page import page
 
     drawn = {}
     if steps := [step for step in _steps(record) if number(step.get("seconds"))]:
@@ -197,27 +194,17 @@ def render(record: Json) -> str:
     phases = {name: seconds for name, seconds in pairs(get(record, "outage.phases")) if number(seconds)}
     if phases:
         drawn["phases"] = plots.phases(phases)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.ChainableUndefined,
-    )
-    environment.filters |= {f.__name__: f for f in (duration, figure, pairs, percent, ending)}
-    environment.filters["clock"] = lambda at: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
-    environment.tests["figure"] = number
     found = promises(record)
-    return environment.get_template("report.html.j2").render(
+    return page(
+        Path(__file__).with_name("report.html.j2"), percent, ending,
+        plots=drawn,
         record=record,
         adapters=_adapters(record),
         steps=_steps(record),
         promises=found,
         promise={promise.key: promise for promise in found},
         verdict=_verdict(record, found),
-        # SVG made by matplotlib here, which escapes every text in it
-        plots={name: Markup(svg) for name, svg in drawn.items()},
-    )
+    )  # fmt: skip
 
 
 def _verdict(record: Json, found: list[Promise]) -> dict[str, str]:
@@ -246,7 +233,7 @@ def _timeline(steps: list[Json]) -> str:
     total = sum(step["seconds"] for step in steps)
     unit, name = (60, "minutes") if total >= 180 else (1, "seconds")
     colours = {"ok": "blue", "failed": "red"}
-    with plots._figure(620, 60 + 22 * len(steps)) as drawing:
+    with plots.canvas(620, 60 + 22 * len(steps)) as drawing:
         axes = drawing.subplots()
         start, spoken = 0.0, []
         for row, step in enumerate(steps):
@@ -263,7 +250,7 @@ def _timeline(steps: list[Json]) -> str:
         axes.set_ylim(len(steps) - 0.4, -0.6)
         axes.set(xlabel=f"{name} since the start", xlim=(0, total / unit * 1.14 or 1))
         axes.grid(axis="y", visible=False)
-        return plots._svg(drawing, "steps", "Steps and their durations", "; ".join(spoken))
+        return plots.svg(drawing, "steps", "Steps and their durations", "; ".join(spoken))
 
 
 def _numbers(figures: Json, *names: str) -> list[int] | None:
@@ -281,11 +268,6 @@ def _adapters(record: Json) -> list[Json]:
 
 def _objects(value: Any) -> list[Json]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
-
-
-def percent(value: Any, form: str = "%.1f") -> str:
-    """A share of 1 in percent, without the sign; a dash for what is no number."""
-    return fixed(100 * value, form) if number(value) else "–"
 
 
 def plain(text: Any) -> str:
