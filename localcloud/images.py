@@ -190,8 +190,11 @@ class BuildahImages:
 
     def _mount(self, identity: str) -> Path:
         name = f"{_MOUNTED}{identity[:12]}"
-        if name not in self._store.containers():
-            self._store.ask("from", "--pull-never", "--name", name, identity)
+        if name in self._store.containers():
+            with suppress(SettingsError):  # it holds absolute paths, and the store may have been moved since
+                return Path(self._store.ask("mount", name))
+            self._store.ask("rm", name)
+        self._store.ask("from", "--pull-never", "--name", name, identity)
         return Path(self._store.ask("mount", name))
 
     def _get(self, repository: str, what: str, accept: str) -> tuple[str, Any]:

@@ -196,6 +196,19 @@ def test_an_image_that_the_store_lacks_is_pulled(yard: Yard, built: str, tmp_pat
         elsewhere.release()
 
 
+def test_a_store_that_was_moved_while_an_image_was_mounted_goes_on(yard: Yard, built: str, tmp_path: Path) -> None:
+    """Whoever renames the clone after a kill: what is in the store holds absolute paths."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    root = BuildahImages(Store(before), yard.host).ensure(yard.reference(built)).rootfs
+    subprocess.run(["umount", root], check=True)  # as the kernel does when the namespace of the mount ends
+    before.rename(after)
+    images = BuildahImages(Store(after), yard.host)
+    try:
+        assert (images.ensure(yard.reference(built)).rootfs / "app/room/code.py").read_text() == "first\n"
+    finally:
+        images.release()
+
+
 def test_a_step_that_fails_shows_its_words(yard: Yard) -> None:
     (yard.source / "Dockerfile").write_text(DOCKERFILE + "RUN echo no such distribution && exit 3\n")
     try:
