@@ -45,17 +45,26 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--drills: {', '.join(sorted(unknown))}: not among {', '.join(DRILLS)}, none")
     try:
         if options.command == "down":
-            return _down(folder, options.images)
+            with attach.alone(folder, end_other=True):
+                return _down(folder, options.images)
         machine.check(folder.resolve(), options.images)
-        chain = Chain(folder.resolve(), options.images.resolve(), options.out.resolve() / "local.json")
-        print(f"at most {machine.disk_gib(options.images)} GiB of disk will be used, in {options.images} and {folder}")
-        return exits.OK if chain.run(wanted) else exits.FAILED
+        with attach.alone(folder):
+            return _up(folder, options, wanted)
     except SettingsError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return exits.INPUT
     except (DrillFailed, NotMeasuredError, attach.NotUp, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
         print(f"{error}\nwhat is up stays up, to be looked at: make local-down ends it", file=sys.stderr)
         return exits.FAILED
+    except KeyboardInterrupt:  # before anything was started
+        return exits.INTERRUPTED
+
+
+def _up(folder: Path, options: argparse.Namespace, wanted: list[str]) -> int:
+    chain = Chain(folder.resolve(), options.images.resolve(), options.out.resolve() / "local.json")
+    print(f"at most {machine.disk_gib(options.images)} GiB of disk will be used, in {options.images} and {folder}")
+    try:
+        return exits.OK if chain.run(wanted) else exits.FAILED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not leave half of it
         attach.stop(folder)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -24,6 +26,7 @@ from localcloud.tools import locate
 
 START_SECONDS = 180.0
 STOP_SECONDS = 30.0
+INTERRUPT_SECONDS = 120.0  # for `pulumi up` to end what it has begun
 
 
 class NotUp(Exception):
@@ -75,6 +78,40 @@ def start(folder: Path, images: Path) -> LiveCloud:
             process.wait()
             raise
     return LiveCloud(folder)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, end_other: bool = False) -> Iterator[None]:
+    """While entered, no other `up` or `down` works on `folder`.
+
+    Raises `SettingsError` where one does; with `end_other` that one is ended first, as Ctrl-C would.
+    """
+    path = folder.resolve().with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        deadline = time.monotonic() + (INTERRUPT_SECONDS if end_other else 0)
+        told = False
+        while not _locked(file):
+            file.seek(0)
+            other = file.read().strip()
+            if end_other and not told and other.isdigit():
+                told = True
+                os.kill(int(other), signal.SIGTERM)
+            if time.monotonic() >= deadline:
+                raise SettingsError([f"{folder}: process {other} is at work on it: wait for it, or end it by Ctrl-C"])
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def stop(folder: Path) -> bool:

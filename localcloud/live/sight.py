@@ -75,12 +75,13 @@ class Sight:
 
     def log(self, namespace: str, pod: str, container: str) -> str:
         """All that a container's starts have said, one after the other."""
-        return "".join(path.read_text(errors="replace") for path in log_files(self._logs, namespace, pod, container))
+        files = log_files(self._logs, namespace, pod, container)
+        return "".join(plain(path.read_text(errors="replace")) for path in files)
 
     def found(self, namespace: str, job: str, pattern: str) -> str | None:
         """The newest match in what the pods of a Job have said."""
         for path in self._newest_logs(namespace, job):
-            if matches := re.findall(pattern, path.read_text(errors="replace")):
+            if matches := re.findall(pattern, plain(path.read_text(errors="replace"))):
                 return str(matches[-1])
         return None
 
@@ -112,10 +113,25 @@ class Sight:
         for path in self._newest_logs(namespace, job):
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-                lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+                lines = [line for line in plain(file.read().decode(errors="replace")).splitlines() if line.strip()]
             if lines:
                 return f"{path.parent.name}: {lines[-1].strip()}"
         return ""
+
+
+def plain(text: str) -> str:
+    """A log for people: of each line that is a record (common.logs) its message, other lines as they are."""
+    return "".join(_message(line) for line in text.splitlines(keepends=True))
+
+
+def _message(line: str) -> str:
+    if not line.startswith("{"):
+        return line
+    try:
+        record = json.loads(line)
+    except ValueError:  # cut off, or somebody else's
+        return line
+    return f"{record['message']}\n" if isinstance(record, dict) and isinstance(record.get("message"), str) else line
 
 
 def _instant(text: str) -> float:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from common.settings import SettingsError
 from localcloud.azure.rules import TENANT
 from localcloud.hub import revision_of
+from localcloud.live import attach
 from localcloud.live.dress import Dresser
 from localcloud.live.places import AZURE_ADDRESS, TRUST
 from localcloud.live.relay import Relay
@@ -169,3 +174,40 @@ def test_the_environment_names_the_revision_and_the_figures_that_the_base_here_h
     assert base["revision"] == revision_of(folder)
     config = yaml.safe_load((folder / "config.json").read_text())
     assert base["architecture"] == {name: config[name] for name in base["architecture"]}
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from localcloud.live import attach
+with attach.alone(Path(sys.argv[1])):
+    print("has it", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that works on the folder `tmp_path`/local."""
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "local")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "has it\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_two_runs_do_not_work_on_one_folder(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(SettingsError, match=f"process {holder.pid} is at work on it"), attach.alone(tmp_path / "local"):
+        pass
+    with attach.alone(tmp_path / "other"):
+        pass
+    assert holder.poll() is None
+
+
+def test_down_ends_the_run_that_is_at_work(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with attach.alone(tmp_path / "local", end_other=True):
+        assert holder.wait(5) == -signal.SIGTERM
+    with attach.alone(tmp_path / "local"):  # and leaves nothing locked
+        pass
