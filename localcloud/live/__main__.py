@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--drills: {', '.join(sorted(unknown))}: not among {', '.join(DRILLS)}, none")
     try:
         if options.command == "down":
-            with attach.alone(folder, end_other=True):
-                return _down(folder, options.images)
+            with attach.alone(folder, end_other=True) as ended:
+                return _down(folder, options.images, ended)
         machine.check(folder.resolve(), options.images)
         with attach.alone(folder):
             return _up(folder, options, wanted)
@@ -72,8 +72,8 @@ def _up(folder: Path, options: argparse.Namespace, wanted: list[str]) -> int:
         return exits.INTERRUPTED
 
 
-def _down(folder: Path, images: Path) -> int:
-    was_up = attach.stop(folder)
+def _down(folder: Path, images: Path, ended: bool) -> int:
+    was_up = attach.stop(folder) or ended
     attach.remove(folder)
     left = f"; built images stay in {images}: rm -r {images} removes them" if images.exists() else ""
     print(f"{'ended' if was_up else 'nothing was up'}; {folder} is removed{left}")

@@ -81,8 +81,8 @@ def start(folder: Path, images: Path) -> LiveCloud:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, *, end_other: bool = False) -> Iterator[None]:
-    """While entered, no other `up` or `down` works on `folder`.
+def alone(folder: Path, *, end_other: bool = False) -> Iterator[bool]:
+    """While entered, no other `up` or `down` works on `folder`. Yields whether another one was ended for that.
 
     Raises `SettingsError` where one does; with `end_other` that one is ended first, as Ctrl-C would.
     """
@@ -103,7 +103,7 @@ def alone(folder: Path, *, end_other: bool = False) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield told
 
 
 def _locked(file: TextIO) -> bool:

@@ -207,7 +207,7 @@ def test_two_runs_do_not_work_on_one_folder(tmp_path: Path, holder: subprocess.P
 
 
 def test_down_ends_the_run_that_is_at_work(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with attach.alone(tmp_path / "local", end_other=True):
-        assert holder.wait(5) == -signal.SIGTERM
-    with attach.alone(tmp_path / "local"):  # and leaves nothing locked
-        pass
+    with attach.alone(tmp_path / "local", end_other=True) as ended:
+        assert ended and holder.wait(5) == -signal.SIGTERM
+    with attach.alone(tmp_path / "local", end_other=True) as ended:  # and leaves nothing locked
+        assert not ended
