@@ -71,7 +71,7 @@ $(READY): requirements/machine.lock requirements/uv.lock
 	@echo "installing into $(VENV): about 3 GB to fetch, 6 GB on disk, half a minute to some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.lock
-	$(BIN)/uv pip sync -q --require-hashes --python $(BIN)/python requirements/machine.lock requirements/uv.lock
+	$(BIN)/uv pip sync -q --compile-bytecode --require-hashes --python $(BIN)/python requirements/machine.lock requirements/uv.lock
 	@touch $@
 
 # What the contract tests need beyond .venv: Debian's packages, where this machine lets us install them. docker-registry

@@ -22,7 +22,7 @@ from common.lora import ADAPTER_NAME, MAX_LORA_RANK, vllm_lora_rank
 CARD_TYPE = "application/vnd.drydock.adapter.v1+json"
 PROMOTED = "promoted"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-REPORT_FILES = ("spec.json", "tuning.json", "evaluation.json", "canaries.json", "README.md")
+REPORT_FILES = ("spec.json", "tuning.json", "evaluation.json", "canaries.json", "README.md", "curves.svg")
 
 # vllm/lora/peft_helper.py (0.32): inits that leave the base weights as they are.
 VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -231,6 +231,21 @@ def check_adapter(folder: Path) -> list[str]:
     else:
         problems += [f"{weights_path}: {problem}" for problem in _weight_problems(weights_path, rank)]
     return problems
+
+
+def lora_shapes(weights: Path) -> dict[str, tuple[int, int]]:
+    """By module, the shape of each base weight that the adapter in `weights` changes; `check_adapter` found it good.
+
+    A linear layer's is `(out, in)`, an embedding's `(rows, width)`.
+    """
+    sides, embeddings = {}, set()
+    with safe_open(weights, framework="np") as file:
+        for key in file.keys():  # noqa: SIM118
+            if match := _LORA_KEY.fullmatch(key):
+                sides[match["module"], match["side"]] = file.get_slice(key).get_shape()
+                embeddings |= {match["module"]} if match["embedding"] else set()
+    shapes = {module: (sides[module, "B"][0], sides[module, "A"][1]) for module in sorted({each for each, _ in sides})}
+    return {module: shape[::-1] if module in embeddings else shape for module, shape in shapes.items()}
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:

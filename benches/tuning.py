@@ -4,6 +4,8 @@
 
     useful tokens    tokens of the rows themselves, without padding
     tokens a second  useful tokens of one epoch / seconds of the training loop, loading and tokenising left out
+    MFU              4 x parameters of the linear layers x tokens a second / dense bf16 FLOP/s of the GPU; on a GPU
+                     only. 4, not the 6 of Chowdhery et al. 2022 (PaLM): the frozen base gets no gradient of its weights
     held-out loss    of the finished adapter in plain transformers and peft, one row at a time, nats an answer token
 
 TRL runs at KAITO's defaults (one row a pass, no packing, gradient checkpointing: its lora-params-template and TRL's
@@ -48,6 +50,8 @@ CPU_MODEL = {
     "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }  # fmt: skip
+PEAK_FLOPS = {"A100": 312e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A10": 125e12}
+"""Dense bf16 of the GPUs that Azure has, from NVIDIA's datasheets; by a part of the name that the driver gives."""
 GPU_MODEL = {  # the shape of Llama 3.2 1B: what a GPU is not bored by
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         "python -m benches.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of bench-tuning.json [%(default)s]")
-    parser.add_argument("--rows", type=int, default=200, help="rows to tune on, about [%(default)s]")
+    parser.add_argument("--rows", type=int, default=400, help="rows to tune on, about [%(default)s]")
     parser.add_argument("--rounds", type=int, default=2, help="times that each setting runs [%(default)s]")
     parser.add_argument("--only", metavar="SETTING", choices=[OURS, *TRL], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -77,11 +81,20 @@ def main(argv: list[str] | None = None) -> int:
             done.append(_apart(name, arguments.out))
             print(f"{name:<28}{done[-1]['tokens_per_second']:>9,.0f} tokens/s", flush=True)
     result = facts | compare(runs)
+    ours = result["settings"][OURS]
+    ours |= on_gpu(facts, ours["tokens_per_second"], folder)
     write_json(arguments.out / "bench-tuning.json", result)
     print(f"\n{'':<28}{'tokens/s':>9}{'held-out loss':>16}{'ours is':>10}")
     for name, of in result["settings"].items():
         ratio = result["settings"][OURS]["tokens_per_second"] / of["tokens_per_second"]
         print(f"{name:<28}{of['tokens_per_second']:>9,.0f}{of['held_out_loss']:>16.4f}{ratio:>9.2f}x")
+    for key, text in (
+        ("mfu", "MFU {:.1%}"),
+        ("peak_gib", "peak memory {:.2f} GiB"),
+        ("fit_gib", "infra.fit said {:.2f}"),
+    ):
+        if ours.get(key) is not None:
+            print(f"{OURS}: {text.format(ours[key])}")
     print(
         f"\n{result['ratio_kaito_defaults']:.2f} times TRL at KAITO's defaults, {result['ratio_trl_best']:.2f} times "
         f"its best ({result['trl_best']}): {arguments.out / 'bench-tuning.json'}"
@@ -96,7 +109,7 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "tokens_per_second": max(each["tokens_per_second"] for each in done),
             "rounds": [each["tokens_per_second"] for each in done],
             "held_out_loss": statistics.mean(each["held_out_loss"] for each in done),
-            "peak_gpu_bytes": done[0]["peak_gpu_bytes"],
+            "peak_gib": None if done[0]["peak_gpu_bytes"] is None else done[0]["peak_gpu_bytes"] / 2**30,
         }
         for name, done in runs.items()
     }
@@ -107,6 +120,29 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "trl_best": best,
         "ratio_kaito_defaults": speed[OURS] / speed[KAITO],
         "ratio_trl_best": speed[OURS] / speed[best],
+    }
+
+
+def mfu(tokens_per_second: float, linear_parameters: int, device: str) -> float | None:
+    """Model FLOPs utilisation, a share of 1; None on a device whose peak is not known here."""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    return None if peak is None else 4 * linear_parameters * tokens_per_second / peak
+
+
+def on_gpu(facts: dict[str, Any], tokens_per_second: float, folder: Path) -> dict[str, Any]:
+    """MFU, and the memory that the fit check foretells for this run in GiB; nothing on a CPU."""
+    if facts["precision"] != "bfloat16":
+        return {}
+    from infra.catalog import SKUS, architecture_of
+    from infra.fit import tuning_fit, tuning_load
+
+    model = architecture_of(folder / "base" / "config.json")
+    spec = TuningSpec.model_validate_json((folder / "spec.json").read_text())
+    linear = model.num_hidden_layers * sum(inputs * outputs for inputs, outputs in model.linear_layers.values())
+    size = next(size for size in SKUS.values() if size.gpu.bf16)  # the need is the same on each of these
+    return {
+        "mfu": mfu(tokens_per_second, linear, facts["device"]),
+        "fit_gib": tuning_fit(model, size, tuning_load(spec, model, [size.name])).total_gib,
     }
 
 
@@ -127,12 +163,7 @@ def prepare(folder: Path, rows: int) -> dict[str, Any]:
     data = folder / "rows.jsonl"
     lines = DATASET.read_text(encoding="utf-8").splitlines()
     data.write_text("".join(f"{line}\n" for line in lines[: math.ceil(rows / 0.9)]), encoding="utf-8")
-    # No warm-up: ours starts it above 0 and transformers at 0, which counts in so few steps.
-    spec = TuningSpec(
-        adapter="bench", base_model=str(folder / "base"), dataset=str(data), num_train_epochs=1, lora_r=8,
-        lora_alpha=8, lora_dropout=0.0, learning_rate=2e-3, warmup_ratio=0.0, save_minutes=1e6,
-        held_out_fraction=0.1,
-    )  # fmt: skip
+    spec = settings(folder)
     write_json(folder / "spec.json", spec.model_dump(mode="json"))
     examples, _ = _examples(spec)
     return {
@@ -143,6 +174,16 @@ def prepare(folder: Path, rows: int) -> dict[str, Any]:
         "tokens_per_row": statistics.mean(len(example.ids) for example in examples),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }
+
+
+def settings(folder: Path) -> TuningSpec:
+    """What both trainers are told."""
+    # No warm-up: ours starts it above 0 and transformers at 0, which counts in so few steps.
+    return TuningSpec(
+        adapter="bench", base_model=str(folder / "base"), dataset=str(folder / "rows.jsonl"), num_train_epochs=1,
+        lora_r=8, lora_alpha=8, lora_dropout=0.0, learning_rate=2e-3, warmup_ratio=0.0, save_minutes=1e6,
+        held_out_fraction=0.1,
+    )  # fmt: skip
 
 
 def _tokenizer() -> Any:
@@ -165,8 +206,8 @@ def _tokenizer() -> Any:
 def _examples(spec: TuningSpec) -> tuple[list[Any], list[Any]]:
     """Rows to tune on and held-out rows, encoded: the very tokens that both trainers get."""
     from training.base import load_tokenizer
+    from training.begin import split
     from training.encode import encode_all
-    from training.tune import split
 
     tuning, held_out, _ = split(spec)
     tokenizer = load_tokenizer(Path(spec.base_model))

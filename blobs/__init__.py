@@ -2,4 +2,4 @@
 
 
 class BlobError(Exception):
-    """A trouble with Blob Storage that another attempt may not meet: no connection, throttling, 5xx."""
+    """A trouble with Blob Storage or another server that another attempt may not meet: no answer, throttling, 5xx."""

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -113,7 +113,10 @@ class Marker(Settings):
 
 
 class Transfer:
-    """Shows bytes as they move: a bar on a terminal, elsewhere a log line every 10 s. Any thread may `add`."""
+    """Shows bytes as they move: a bar on a terminal, elsewhere a log line every 10 s. Any thread may `add`.
+
+    `total` is 0 where the sender does not tell it.
+    """
 
     def __init__(self, what: str, total: int) -> None:
         self._what, self._total, self._done = what, total, 0
@@ -121,9 +124,10 @@ class Transfer:
         self._lock = threading.Lock()
         self._bar: Any = None
         if sys.stderr.isatty():
-            from tqdm import tqdm  # not on a deployer's machine, which pushes without a bar
+            with suppress(ImportError):  # not on a deployer's machine, which does without a bar
+                from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what)
+                self._bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=what)
 
     def add(self, size: int) -> None:
         with self._lock:
@@ -135,9 +139,9 @@ class Transfer:
             if now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
                 speed = self._done / (now - self._started)
-                left = (self._total - self._done) / speed if speed else 0
-                log.info("%s: %s of %s, %s/s, ETA %.0f s", self._what, shown(self._done), shown(self._total),
-                         shown(speed), max(0.0, left))  # fmt: skip
+                left = max(0.0, self._total - self._done) / speed if speed else 0
+                of, eta = (f" of {shown(self._total)}", f", ETA {left:.0f} s") if self._total else ("", "")
+                log.info("%s: %s%s, %s/s%s", self._what, shown(self._done), of, shown(speed), eta)
 
     def close(self) -> None:
         """End the bar; without one, tell what was moved and how fast."""
@@ -164,12 +168,20 @@ class BlobFolder:
     digest) and `BlobError` for what another attempt may heal, after `retries` further attempts of its own.
     """
 
-    def __init__(self, address: Address, *, retries: int | None = None, client: ContainerClient | None = None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        *,
+        retries: int | None = None,
+        at_once: int = PIECES_AT_ONCE,
+        client: ContainerClient | None = None,
+    ) -> None:
         self.address = address
+        self._at_once = at_once  # pieces of one file; a single one needs no threads of the SDK
         self._client = client or _open(address, RETRIES if retries is None else retries)
 
     def __truediv__(self, name: str) -> BlobFolder:
-        return BlobFolder(self.address / name, client=self._client)
+        return BlobFolder(self.address / name, at_once=self._at_once, client=self._client)
 
     def marker(self) -> Marker | None:
         """What the folder holds, or None when it is not complete."""
@@ -223,7 +235,7 @@ class BlobFolder:
                 length=entry.size,
                 overwrite=True,
                 metadata={"sha256": entry.sha256},
-                max_concurrency=PIECES_AT_ONCE,
+                max_concurrency=self._at_once,
                 progress_hook=_ticks(transfer),
             )
         return True
@@ -261,7 +273,7 @@ class BlobFolder:
         if target.exists() and not target.is_dir():
             raise SettingsError([f"{target}: is a file; {self.address} is a folder"])
         target.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
+        with alone(target):
             return self._fetch(marker, target, quiet)
 
     def _fetch(self, marker: Marker, target: Path, quiet: bool) -> bool:
@@ -365,7 +377,7 @@ class BlobFolder:
         with part.open("wb") as file:
             with _explained(self.address / name, READER):
                 hook = _ticks(transfer)
-                self._blob(name).download_blob(max_concurrency=PIECES_AT_ONCE, progress_hook=hook).readinto(file)
+                self._blob(name).download_blob(max_concurrency=self._at_once, progress_hook=hook).readinto(file)
             file.flush()
             os.fsync(file.fileno())  # a later start trusts the name and the size, even after the node lost power
         if part.stat().st_size != entry.size or (entry.sha256 and _sha256(part) != entry.sha256):
@@ -517,7 +529,7 @@ def _ticks(transfer: Transfer | None) -> Callable[[int, int | None], None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold `folder` against another fetch on this node; the lock ends with the process, however that ends."""
     import fcntl  # absent on Windows, where deployers only push
 

@@ -7,8 +7,10 @@ import logging
 import sys
 from collections.abc import Callable
 
-from common import exits
+from common import exits, logs
 from common.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -17,17 +19,40 @@ def run(
     *,
     log_format: str = "%(message)s",
     failures: tuple[type[Exception], ...] = (),
+    machines_read: bool = False,
 ) -> int:
-    """Run `command` and return its exit code; `failures` are errors of others (a store, a server) without traceback."""
-    logging.basicConfig(format=log_format, level=logging.INFO, stream=sys.stderr)
+    """Run `command` and return its exit code; `failures` are errors of others (a store, a server) without traceback.
+
+    `machines_read`: where no terminal shows it, all that is said on standard error is one JSON object a line.
+    """
+    try:
+        as_json = machines_read and logs.wants_json()
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return exits.INPUT
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logs.JsonLines() if as_json else logging.Formatter(log_format))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(as_json)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     try:
         return command(arguments)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        for problem in error.problems if as_json else [str(error)]:
+            tell(problem, as_json=as_json)
         return exits.INPUT
     except failures as error:
-        print(error, file=sys.stderr)
+        tell(str(error), as_json=as_json)
         return exits.FAILED
     except KeyboardInterrupt:
         return exits.INTERRUPTED
+    except Exception as error:
+        if not as_json:
+            raise
+        log.critical("%s: %s", type(error).__name__, error, exc_info=True)
+        return exits.FAILED
+
+
+def tell(problem: str, *, as_json: bool) -> None:
+    """Say on standard error why the command ends."""
+    print(logs.line("error", problem) if as_json else problem, file=sys.stderr)

@@ -2,8 +2,8 @@
 
     python -m infra.fit --model meta-llama/Llama-3.1-8B-Instruct --sku Standard_NC24ads_A100_v4 --context 8192
 
-One GPU, because vLLM is started without tensor parallelism here and tuning runs in one process. Exit codes: 0 all fits,
-1 something does not, 2 bad arguments.
+One GPU, because vLLM is started without tensor parallelism here, and of GPUs that tune together each holds the whole
+base. Exit codes: 0 all fits, 1 something does not, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from common.lora import MAX_LORA_RANK, vllm_lora_rank
 from common.settings import Settings, SettingsError, explain
 from infra.catalog import PRICES_OF, SKUS, Architecture, Sku, architecture, architecture_of, sku
 from serving.spec import ServingSpec
-from training.spec import TuningSpec
+from training.spec import TuningSettings, TuningSpec
 
 GIB = 2**30
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -42,6 +42,15 @@ SAMPLER_BYTES = 40
 128,256 entries (PR 10511): logits in two precisions, sorted copies with indices, probabilities."""
 TUNING_RUNTIME_GIB = 1.0
 """CUDA context, cuBLAS workspace and the allocator's unused rest."""
+LOGIT_BYTES = 12
+"""For each token and vocabulary entry in the loss: an fp32 log-softmax and two gradients of it."""
+NCCL_GIB = 0.5
+"""What GPUs that tune together need to talk: buffers of 4 MiB (NCCL_BUFFSIZE) for each of at most 32 channels and two
+directions, and as much again for its kernels and connections."""
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits a parameter: its own, 8 for each block of 64, 32 for each 256 blocks (Dettmers et al. 2023, QLoRA)."""
+AGAIN = "gradient_checkpointing: true (a third slower)"
+SMALL = "load_in_4bit: true"
 READS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "input of attention"),
     "o_proj": "output of attention",
@@ -106,7 +115,10 @@ class ServingLoad:
 
 @dataclass(frozen=True)
 class TuningLoad:
-    """One forward and backward pass: at most `batch_rows` x `max_seq_length` tokens, packed without padding."""
+    """One forward and backward pass: at most `batch_rows` x `max_seq_length` tokens, packed without padding.
+
+    Each of `gpus` GPUs makes such passes, with all of the base on it.
+    """
 
     batch_rows: int
     max_seq_length: int
@@ -114,11 +126,33 @@ class TuningLoad:
     target_modules: tuple[str, ...]
     lora_dropout: float = 0.05
     gradient_checkpointing: bool = False
+    load_in_4bit: bool = False
+    gpus: int = 1
 
     @property
     def tokens(self) -> int:
         """The most tokens of the pass."""
         return self.batch_rows * self.max_seq_length
+
+
+def tuning_load(settings: TuningSettings, model: Architecture, sizes: Iterable[str], *, gpus: int = 1) -> TuningLoad:
+    """What an adapter's settings ask of a GPU of any of `sizes`, with `gradient_checkpointing: None` decided.
+
+    It is on where one of them cannot hold the load without. Raises ValueError for a size that the catalogue lacks.
+    """
+    load = TuningLoad(
+        settings.per_device_train_batch_size,
+        settings.max_seq_length,
+        settings.lora_r,
+        settings.lora_target_modules,
+        settings.lora_dropout,
+        bool(settings.gradient_checkpointing),
+        settings.load_in_4bit,
+        gpus,
+    )
+    if settings.gradient_checkpointing is None and not all(tuning_fit(model, sku(name), load).fits for name in sizes):
+        return replace(load, gradient_checkpointing=True)
+    return load
 
 
 def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
@@ -172,14 +206,71 @@ def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
 def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
     """The estimate for `training.tune` on one GPU of `size`.
 
-    The bytes of a layer's activations are those that autograd keeps in transformers 5.19 with peft 0.21, counted by
-    operation in the manner of Korthikanti et al. 2022 (section 4.1). Attention by SDPA keeps no scores, and rows
-    are packed (training.packing), so there is no mask. In bf16 heads share keys and values; in fp32 each has its own.
+    Gradient checkpointing keeps of each layer its input alone. Then the peak is at the logits, or where the backward
+    pass has computed a layer again and holds two gradients as wide as the inside of the MLP beside it.
+    In 4 bits are the linear layers of the decoder; transformers leaves embeddings and output layer as they are
+    (`get_keys_to_not_convert`). bitsandbytes copies one layer at a time in full precision, and keeps no input of it.
     """
-    width = 2 if size.gpu.bf16 else 4  # training.tune.load_model takes fp32 where the GPU has no bf16
+    width = 2 if size.gpu.bf16 else 4  # training.model.load_model takes fp32 where the GPU has no bf16
+    layers, vocabulary = model.num_hidden_layers, model.vocab_size
     targets = {layer: shape for layer, shape in model.linear_layers.items() if layer in load.target_modules}
-    trained = sum(model.num_hidden_layers * load.lora_r * (inputs + outputs) for inputs, outputs in targets.values())
+    trained = sum(layers * load.lora_r * (inputs + outputs) for inputs, outputs in targets.values())
     copy = 2 if size.gpu.bf16 else 0
+    matrices = [inputs * outputs for inputs, outputs in model.linear_layers.values()]
+    quantised = layers * sum(matrices) if load.load_in_4bit else 0
+    whole = model.parameters - quantised
+    layer = _layer_bytes(model, load, width, targets)
+    kept, again = layer, layer + 2 * width * model.intermediate_size
+    if load.gradient_checkpointing:
+        kept = width * model.hidden_size
+    terms = [
+        Term(
+            "base weights",
+            (whole * width + quantised * NF4_BITS / 8) / GIB,
+            f"{whole:,} parameters x {width} bytes" + (f" + {quantised:,} x {NF4_BITS:.3f} bits" if quantised else ""),
+            "config.json; load_model in training" + ("; Dettmers et al. 2023, QLoRA" if quantised else ""),
+        ),
+        Term(
+            "adapter, gradients, AdamW",
+            (16 + copy) * trained / GIB,
+            f"{trained:,} parameters x (4 + 4 + 8{' + 2' if copy else ''}) bytes",
+            "fp32, torch.optim.AdamW" + ("; autocast's bf16 copy" if copy else ""),
+        ),
+        Term(
+            "activations",
+            load.tokens * layers * kept / GIB,
+            f"{load.tokens:,} tokens x {layers} layers x {kept:,} bytes",
+            "Korthikanti et al. 2022, counted for peft",
+        ),
+    ]
+    if load.gradient_checkpointing and again > vocabulary * LOGIT_BYTES:
+        formula, source = f"{again:,} bytes", "torch.utils.checkpoint, not reentrant"
+        terms.append(
+            Term("a layer, computed again", load.tokens * again / GIB, f"{load.tokens:,} tokens x {formula}", source)
+        )
+    else:
+        formula, source = f"{vocabulary} x {LOGIT_BYTES} bytes", "fp32 log-softmax and two gradients of it"
+        terms.append(
+            Term("logits", load.tokens * vocabulary * LOGIT_BYTES / GIB, f"{load.tokens:,} tokens x {formula}", source)
+        )
+    if quantised:
+        formula = f"{max(matrices):,} parameters x {width} bytes"
+        terms.append(
+            Term("a layer's weights, copied", max(matrices) * width / GIB, formula, "bitsandbytes, MatMul4Bit")
+        )
+    if load.gpus > 1:
+        terms.append(Term("NCCL", NCCL_GIB, "constant", "NCCL_BUFFSIZE"))
+    terms.append(Term("runtime", TUNING_RUNTIME_GIB, "constant", "CUDA context, workspace, allocator"))
+    return Fit(tuple(terms), size.gpu.driver_gib, sum(term.gib for term in terms))
+
+
+def _layer_bytes(model: Architecture, load: TuningLoad, width: int, targets: Mapping[str, tuple[int, int]]) -> int:
+    """What a layer keeps of each token for the backward pass, in bytes.
+
+    These are the tensors that autograd keeps in transformers 5.19 with peft 0.21, counted by operation in the manner
+    of Korthikanti et al. 2022 (section 4.1). Attention by SDPA keeps no scores, and rows are packed
+    (training.packing), so there is no mask. In bf16 heads share keys and values; in fp32 each has its own.
+    """
     # An adapter keeps its input. Dropout makes it a copy of its own and keeps a mask of one byte beside it; without
     # dropout the layers that read the same tensor keep it once. Autocast leaves it in the base's precision.
     if load.lora_dropout:
@@ -193,45 +284,11 @@ def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
     query, key = model.query_size, model.key_value_size
     if model.model_type == "qwen3":
         norms += 4 * (query + key + model.num_attention_heads + model.num_key_value_heads)
-    repeated = not size.gpu.bf16 and query != key
+    repeated = width == 4 and query != key
     attention = width * 2 * (query + (query if repeated else key)) + 4 * model.num_attention_heads
     if model.model_type == "phi3" and not repeated:
         attention += width * (query + key)  # its values are a part of one tensor, which stays as a whole
-    layer = norms + attention + 3 * width * model.intermediate_size + adapters
-    if load.gradient_checkpointing:
-        kept = model.num_hidden_layers * width * model.hidden_size + layer
-        formula = f"({model.num_hidden_layers} layers x {width * model.hidden_size:,} bytes + {layer:,} bytes)"
-    else:
-        kept = model.num_hidden_layers * layer
-        formula = f"{model.num_hidden_layers} layers x {layer:,} bytes"
-    terms = (
-        Term(
-            "base weights",
-            model.parameters * width / GIB,
-            f"{model.parameters:,} parameters x {width} bytes",
-            "config.json; load_model in training/tune.py",
-        ),
-        Term(
-            "adapter, gradients, AdamW",
-            (16 + copy) * trained / GIB,
-            f"{trained:,} parameters x (4 + 4 + 8{' + 2' if copy else ''}) bytes",
-            "fp32, torch.optim.AdamW" + ("; autocast's bf16 copy" if copy else ""),
-        ),
-        Term(
-            "activations",
-            load.tokens * kept / GIB,
-            f"{load.tokens:,} tokens x {formula}",
-            "Korthikanti et al. 2022, counted for peft",
-        ),
-        Term(
-            "logits",
-            load.tokens * model.vocab_size * 12 / GIB,
-            f"{load.tokens:,} tokens x {model.vocab_size} x 12 bytes",
-            "fp32 log-softmax and two gradients of it",
-        ),
-        Term("runtime", TUNING_RUNTIME_GIB, "constant", "CUDA context, workspace, allocator"),
-    )
-    return Fit(terms, size.gpu.driver_gib, sum(term.gib for term in terms))
+    return norms + attention + 3 * width * model.intermediate_size + adapters
 
 
 def largest_context(model: Architecture, size: Sku, load: ServingLoad) -> int:
@@ -261,8 +318,10 @@ def largest_sequence(model: Architecture, size: Sku, load: TuningLoad) -> int:
 
 
 def smallest_sku(model: Architecture, load: ServingLoad | TuningLoad) -> Sku | None:
-    """The cheapest size on one GPU of which `load` fits, None if there is none."""
-    fitting = (size for size in SKUS.values() if not _dtype_problem(size, load) and _fit(model, size, load).fits)
+    """The cheapest size, with as many GPUs as tune together, on one GPU of which `load` fits, None if there is none."""
+    gpus = load.gpus if isinstance(load, TuningLoad) else 1
+    enough = (size for size in SKUS.values() if size.gpus >= gpus and not _dtype_problem(size, load))
+    fitting = (size for size in enough if _fit(model, size, load).fits)
     return min(fitting, key=lambda size: size.usd_per_hour, default=None)
 
 
@@ -300,7 +359,12 @@ def explain_tuning(model: Architecture, size: Sku, load: TuningLoad) -> list[str
     fit = tuning_fit(model, size, load)
     if problems or fit.fits:
         return problems
-    remedies = []
+    again, small = replace(load, gradient_checkpointing=True), replace(load, load_in_4bit=True)
+    remedies = [AGAIN] if load != again and tuning_fit(model, size, again).fits else []
+    if tuning_fit(model, size, small).fits:
+        remedies.append(SMALL)
+    elif not remedies and tuning_fit(model, size, replace(small, gradient_checkpointing=True)).fits:
+        remedies.append(f"{SMALL} with {AGAIN}")
     if rows := largest_batch(model, size, load):
         remedies.append(
             f"per_device_train_batch_size {rows} (with more gradient_accumulation_steps the result is the same)"
@@ -310,7 +374,8 @@ def explain_tuning(model: Architecture, size: Sku, load: TuningLoad) -> list[str
     if length := largest_sequence(model, size, shorter):
         remedies.append(f"max_seq_length {length} at per_device_train_batch_size {shorter.batch_rows}")
     limit = f"the {fit.available_gib:.1f} GiB of the GPU"
-    return [_does_not_fit(fit, limit, remedies, smallest_sku(model, load), "")]
+    note = "; gradient checkpointing is counted in" if load.gradient_checkpointing else ""
+    return [_does_not_fit(fit, limit, remedies, smallest_sku(model, load), note)]
 
 
 def check_serving(
@@ -337,22 +402,18 @@ def check_serving(
 
 
 def check_tuning(
-    adapter_name: str,
-    architecture: Architecture,
-    sku_name: str,
-    *,
-    batch_rows: int,
-    max_seq_length: int,
-    lora_r: int,
-    target_modules: Sequence[str],
+    adapter_name: str, settings: TuningSettings, architecture: Architecture, sizes: Sequence[str], *, gpus: int = 1
 ) -> list[str]:
-    """Problems of tuning `adapter_name` on a GPU of `sku_name`, ready to print; empty when it fits."""
+    """Problems of tuning `adapter_name` on a GPU of any of `sizes`, ready to print; empty when it fits on all."""
     try:
-        size = sku(sku_name)
+        load = tuning_load(settings, architecture, sizes, gpus=gpus)
     except ValueError as error:
         return [str(error)]
-    load = TuningLoad(batch_rows, max_seq_length, lora_r, tuple(target_modules))
-    return [f"tuning {adapter_name} on {sku_name}: {text}" for text in explain_tuning(architecture, size, load)]
+    return [
+        f"tuning {adapter_name} on {name}: {text}"
+        for name in sizes
+        for text in explain_tuning(architecture, sku(name), load)
+    ]
 
 
 def lora_slots(adapters: int) -> int:
@@ -404,6 +465,10 @@ class _Question(Settings):
     )
     batch: int = Field(_TUNING["per_device_train_batch_size"].default, ge=1, description="rows in a forward pass")
     seq: int = Field(_TUNING["max_seq_length"].default, ge=8, description="max_seq_length, in tokens")
+    gradient_checkpointing: bool | None = Field(
+        None, description="keep no activations, compute them again; default: where they do not fit"
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: tune on a base in 4 bits; default: no")
 
     def serving(self) -> ServingLoad:
         return ServingLoad(
@@ -415,8 +480,17 @@ class _Question(Settings):
             self.gpu_memory_utilization,
         )
 
-    def tuning(self, model: Architecture) -> TuningLoad:
-        return TuningLoad(self.batch, self.seq, self.lora_rank, tuple(model.linear_layers))
+    def tuning(self, model: Architecture, size: Sku) -> TuningLoad:
+        settings = TuningSettings(
+            dataset="any",
+            per_device_train_batch_size=self.batch,
+            max_seq_length=self.seq,
+            lora_r=self.lora_rank,
+            lora_target_modules=tuple(model.linear_layers),
+            gradient_checkpointing=self.gradient_checkpointing,
+            load_in_4bit=self.load_in_4bit,
+        )
+        return tuning_load(settings, model, [size.name])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -426,9 +500,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", type=Path, help="a config.json, for a model not in the catalogue")
     parser.add_argument("--sku", metavar="NAME", required=True, help="Azure VM size with its Standard_, or all")
     for name, field in _Question.model_fields.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", metavar="VALUE", help=f"{field.description} ({field.default})"
-        )
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation in (bool, bool | None):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=field.description)
+        else:
+            parser.add_argument(flag, metavar="VALUE", help=f"{field.description} ({field.default})")
     return cli.run(_answer, parser.parse_args(arguments))
 
 
@@ -463,7 +539,8 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 
 def _show(model: Architecture, size: Sku, question: _Question) -> int:
-    serving, tuning = question.serving(), question.tuning(model)
+    serving, tuning = question.serving(), question.tuning(model, size)
+    how = ", base in 4 bits" * tuning.load_in_4bit + ", gradient checkpointing" * tuning.gradient_checkpointing
     print(f"{size.name}: {size.gpus} x {size.gpu.name}, {size.gpu.driver_gib} GiB seen by the driver, ", end="")
     print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {PRICES_OF}). Estimates for one GPU.")
     failed = False
@@ -474,7 +551,7 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
             explain_serving(model, size, serving),
         ),
         (
-            f"Tuning {tuning.batch_rows} rows x {tuning.max_seq_length} tokens, rank {tuning.lora_r}",
+            f"Tuning {tuning.batch_rows} rows x {tuning.max_seq_length} tokens, rank {tuning.lora_r}{how}",
             tuning_fit(model, size, tuning),
             explain_tuning(model, size, tuning),
         ),
@@ -489,19 +566,24 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
 
 
 def _compare(model: Architecture, question: _Question) -> int:
-    serving, tuning = question.serving(), question.tuning(model)
-    print(f"Estimates in GiB needed of GiB available on one GPU; prices of {PRICES_OF}.")
-    print(f"{'size':<28}{'$/h':>7}  {'GPU':<12}{'serving':>16}{'tuning':>20}")
+    serving = question.serving()
+    print(
+        f"Estimates in GiB needed of GiB available on one GPU; prices of {PRICES_OF}; *: with gradient checkpointing."
+    )
+    print(f"{'size':<28}{'$/h':>7}  {'GPU':<12}{'serving':>16}{'tuning':>21}")
     found = False
     for size in sorted(SKUS.values(), key=lambda each: each.usd_per_hour):
-        cells = []
-        for fit, problems in (
-            (serving_fit(model, size, serving), explain_serving(model, size, serving)),
-            (tuning_fit(model, size, tuning), explain_tuning(model, size, tuning)),
-        ):
-            cells.append(f"{fit.total_gib:6.1f} of {fit.available_gib:5.1f} {'no' if problems else 'yes':<3}")
-        found |= all(cell.endswith("yes") for cell in cells)
-        print(f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}")
+        tuning = question.tuning(model, size)
+        serves, tunes = explain_serving(model, size, serving), explain_tuning(model, size, tuning)
+        cells = [
+            f"{fit.total_gib:6.1f} of {fit.available_gib:5.1f} {'no' if problems else 'yes':<3}"
+            for fit, problems in ((serving_fit(model, size, serving), serves), (tuning_fit(model, size, tuning), tunes))
+        ]
+        found |= not serves and not tunes
+        print(
+            f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}"
+            f"{'*' if tuning.gradient_checkpointing else ''}"
+        )
     return exits.OK if found else exits.FAILED
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pulumi
 
+from blobs import BlobError
 from common.settings import SettingsError
 from infra.fit import check_serving, check_tuning
 from infra.network import subnets
 from infra.settings import ROOT, Environment, load_environment, located
+from training import source
 from training.dataset import Checked, Limits, Problem, read
 
 SHOWN_PROBLEMS = 20  # of one dataset: enough to see the pattern
@@ -19,10 +22,15 @@ EXAMPLE_RANGES = tuple(ipaddress.IPv4Network(text) for text in ("192.0.2.0/24", 
 
 
 def load(project: str, stack: str, root: Path = ROOT) -> Environment:
-    """The running program's settings, checked as far as this machine can; `pulumi.RunError` with every problem."""
+    """The running program's settings, checked as far as this machine can; `pulumi.RunError` with every problem.
+
+    Their datasets are files of this machine: those from elsewhere have been fetched and proved.
+    """
+    files: dict[str, Path] = {}
     try:
         env = load_environment(project, stack, root)
-        found = located(problems(env, root), project=project, file=root / f"Pulumi.{stack}.yaml")
+        files, lacking = datasets(env, root)
+        found = located([*lacking, *problems(env, files)], project=project, file=root / f"Pulumi.{stack}.yaml")
     except SettingsError as error:
         found = error.problems
     for text in example_addresses(env) if not found else ():
@@ -38,12 +46,37 @@ def load(project: str, stack: str, root: Path = ROOT) -> Environment:
             "no API keys: every request will be refused; add one for each client: "
             "pulumi config set --secret --path 'drydock:api_keys.CLIENT' \"$(openssl rand -hex 32)\""
         )
-    return env
+    here = {
+        name: adapter.model_copy(update={"dataset": str(files[name]), "dataset_sha256": None})
+        for name, adapter in env.adapters.items()
+    }
+    return env.model_copy(update={"adapters": here})
 
 
-def problems(env: Environment, root: Path) -> list[str]:
-    """Everything that would fail later, each with its setting first; datasets are searched below `root`."""
-    return [*_addresses(env), *_fit(env), *_datasets(env, root)]
+def datasets(env: Environment, root: Path) -> tuple[dict[str, Path], list[str]]:
+    """`(file of each adapter's dataset, problems)`: paths are below `root`; what lies elsewhere is fetched, once."""
+    files: dict[str, Path] = {}
+    lacking: list[str] = []
+    fetch = functools.cache(lambda dataset, sha256: source.local(dataset, sha256, root=root))  # adapters may share one
+    for name, adapter in env.adapters.items():
+        if source.is_elsewhere(adapter.dataset):  # it may take a while, and Pulumi shows no log of ours
+            pulumi.log.info(f"adapters.{name}.dataset: from {source.public(adapter.dataset)}")
+        try:
+            file = fetch(adapter.dataset, adapter.dataset_sha256)
+            if file.is_file():
+                files[name] = file
+            else:
+                lacking.append(f"adapters.{name}.dataset: {adapter.dataset}: no such file below the project's folder")
+        except SettingsError as error:
+            lacking += [f"adapters.{name}.dataset: {line}" for line in error.problems]
+        except BlobError as error:
+            lacking.append(f"adapters.{name}.dataset: {error}")
+    return files, lacking
+
+
+def problems(env: Environment, files: Mapping[str, Path]) -> list[str]:
+    """Everything that would fail later, each with its setting first; `files` are the datasets that are here."""
+    return [*_addresses(env), *_fit(env), *_datasets(env, files)]
 
 
 def example_addresses(env: Environment) -> list[str]:
@@ -65,7 +98,7 @@ def _addresses(env: Environment) -> list[str]:
 
 def _fit(env: Environment) -> Iterator[str]:
     serving, pool = env.serving, env.pools[env.serving.pool]
-    for size in (pool.vm_size, *pool.alternatives) if serving.device == "cuda" else ():
+    for size in pool.sizes if serving.device == "cuda" else ():
         found = check_serving(
             env.base.model,
             env.base.figures,
@@ -80,32 +113,22 @@ def _fit(env: Environment) -> Iterator[str]:
         yield from (f"serving.max_model_len: {line}" for line in found)
     pool = env.pools[env.tuning.pool]
     for name, adapter in env.adapters.items():
-        for size in (pool.vm_size, *pool.alternatives):
-            found = check_tuning(
-                name,
-                env.base.figures,
-                size,
-                batch_rows=adapter.per_device_train_batch_size,
-                max_seq_length=adapter.max_seq_length,
-                lora_r=adapter.lora_r,
-                target_modules=adapter.lora_target_modules,
-            )
-            yield from (f"adapters.{name}: {line}" for line in found)
+        found = check_tuning(name, adapter, env.base.figures, pool.sizes, gpus=env.tuning.gpus)
+        yield from (f"adapters.{name}: {line}" for line in found)
 
 
-def _datasets(env: Environment, root: Path) -> Iterator[str]:
-    checked: dict[tuple[str, int], list[str]] = {}  # adapters may share a file: it is read, and told, once
-    for name, adapter in env.adapters.items():
-        key = (adapter.dataset, adapter.max_seq_length)
+def _datasets(env: Environment, files: Mapping[str, Path]) -> Iterator[str]:
+    checked: set[tuple[Path, int]] = set()  # adapters may share a file: it is read, and told, once
+    for name, path in files.items():
+        adapter = env.adapters[name]
+        key = (path, adapter.max_seq_length)
         if key not in checked:
-            checked[key] = list(_dataset(root / adapter.dataset, adapter.dataset, adapter.max_seq_length))
-            yield from (f"adapters.{name}.dataset: {line}" for line in checked[key])
+            checked.add(key)
+            for line in _dataset(path, source.public(adapter.dataset), adapter.max_seq_length):
+                yield f"adapters.{name}.dataset: {line}"
 
 
 def _dataset(path: Path, shown: str, max_seq_length: int) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{shown}: no such file below the project's folder"
-        return
     found, summary = 0, Checked()
     for item in read(path, Limits(max_seq_length), summary):
         if isinstance(item, Problem):

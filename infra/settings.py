@@ -12,7 +12,7 @@ import pulumi
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from common.settings import Settings, SettingsError, explain, key_lines
-from infra.catalog import MODELS, Architecture, Sku, sku
+from infra.catalog import MODELS, SKUS, Architecture, Sku, sku
 from serving.spec import EngineSettings
 from stress.spec import MODELS_WORDS, DurationSeconds, LoadSettings, LoadSpec, Models, RampSeconds, Users
 from training.spec import AdapterName, TuningSettings
@@ -140,6 +140,11 @@ class GpuPool(Settings):
         """The catalogue's entry of `vm_size`."""
         return sku(self.vm_size)
 
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """All sizes that a node may have."""
+        return (self.vm_size, *self.alternatives)
+
 
 class Base(Settings):
     """The model that is tuned and served."""
@@ -182,6 +187,9 @@ class Tuning(Settings):
     """Where the tuning Jobs run and how long they may."""
 
     pool: PoolName = Field(description="GPU pool, a key of `pools`.")
+    gpus: int = Field(
+        1, ge=1, le=8, description="GPUs of one node that tune one adapter together; more are faster, with one result."
+    )
     deadline_hours: float = Field(24, gt=0, le=720, description="A Job that takes longer is stopped as failed.")
     retries: int = Field(3, ge=0, le=20, description="New pods after a failure; evictions do not count.")
 
@@ -285,8 +293,8 @@ class Environment(Settings):
 
     @property
     def other_gpus(self) -> int:
-        """GPUs of the serving pool that tuning Jobs may hold: one an adapter, where they share the pool."""
-        return len(self.adapters) if self.tuning.pool == self.serving.pool else 0
+        """GPUs of the serving pool that tuning Jobs may hold: those of a Job an adapter, where they share the pool."""
+        return len(self.adapters) * self.tuning.gpus if self.tuning.pool == self.serving.pool else 0
 
 
 SECRETS = {"api_keys": "--path 'drydock:api_keys.CLIENT'", "huggingface_token": "drydock:huggingface_token"}
@@ -387,6 +395,13 @@ def inconsistencies(env: Environment) -> list[str]:
                     f"pools.{name}.min_nodes: nodes that stay without work need cluster.provisioning: pools; with "
                     "automatic, serving.min_replicas keeps its nodes by itself: remove it"
                 )
+    if env.tuning.pool in env.pools:
+        for name in env.pools[env.tuning.pool].sizes:
+            if (has := sku(name).gpus) < env.tuning.gpus:
+                found.append(
+                    f"tuning.gpus: {env.tuning.gpus} GPUs of one node, but {name} of pool {env.tuning.pool} has {has}: "
+                    f"lower it{_with_gpus(sku(name), env.tuning.gpus)}"
+                )
     if env.serving.pool in env.pools:
         pool_settings = env.pools[env.serving.pool]
         room = pool_settings.max_nodes * pool_settings.sku.gpus
@@ -405,6 +420,13 @@ def inconsistencies(env: Environment) -> list[str]:
     if env.cluster.tier == "Free" and env.serving.min_replicas >= 3:
         found.append("cluster.tier: Free has no SLA and a weak control plane: set Standard for three replicas or more")
     return [*found, *(_stress(env) if env.stress.run else ())]
+
+
+def _with_gpus(size: Sku, gpus: int) -> str:
+    """The cheapest size with so many of this GPU, as something to do; nothing where there is none."""
+    enough = [other for other in SKUS.values() if other.gpu == size.gpu and other.gpus >= gpus]
+    cheapest = min(enough, key=lambda other: other.usd_per_hour, default=None)
+    return f", or take {cheapest.name}, which has {cheapest.gpus}" if cheapest else ""
 
 
 def _stress(env: Environment) -> Iterator[str]:

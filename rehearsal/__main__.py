@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from common import exits
+from common import exits, logs
 from common.chat import prompt_messages
 from common.files import read_jsonl
 from common.processes import Processes
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the replicas up at the end, until Ctrl-C")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    os.environ.setdefault(logs.CHOICE, "text")  # people read it, through a pipe too
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a script may have left it ignored
         signal.signal(number, _interrupt)
 

@@ -28,7 +28,7 @@ from common.processes import Processes, free_ports, python, wait_for
 from common.settings import SettingsError, load_settings
 from rehearsal.fleet import Fleet
 from serving.spec import ServingSpec
-from training.base import base_folder, base_revision
+from training.base import base_revision
 from training.spec import TuningSpec
 
 SETTINGS = Path(__file__).parent / "settings"
@@ -318,7 +318,7 @@ def _same_inputs(run: Path, spec: TuningSpec) -> bool:
     """Whether the interrupted run in `run` had these settings, data and base, so that it can be resumed."""
     if not (run / "run.json").is_file():
         return False
-    digest, revision = file_digest(Path(spec.dataset)), base_revision(base_folder(spec.base_model))
+    digest, revision = file_digest(Path(spec.dataset)), base_revision(Path(spec.base_model))
     fingerprint = spec.fingerprint(dataset_digest=digest, base_revision=revision)
     return bool(read_json(run / "run.json")["fingerprint"] == fingerprint)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -24,6 +25,13 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 GENERATE = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
 OPEN = GENERATE | {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics")}
+# Azure OpenAI's paths of the same routes (its REST reference, data plane): its newer ones and, with a deployment in the
+# path that stands for the model, those that its clients have asked for since 2023. `api-version` is taken and ignored.
+AZURE = re.compile(
+    r"/openai/(?:v1|deployments/(?P<deployment>[A-Za-z0-9][A-Za-z0-9._-]*))(?P<route>/(?:chat/)?completions)"
+)
+AZURE_MODELS = ("/openai/v1/models", "/openai/models")
+DEPLOYMENT = b"x-drydock-deployment"  # the deployment's name, where serving/front.cfg has already changed the path
 KEYED = GENERATE | {("GET", "/v1/models")}  # the others are for kubelet and Prometheus, which have no key
 SIDECAR_ONLY = {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")}
 
@@ -51,6 +59,7 @@ class RequestLayer:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # a websocket is closed by not being answered: no client of the OpenAI API needs one here
+        scope, deployment = _as_openai(scope)
         route = (scope["method"], scope["path"])
         given = dict(scope["headers"]).get(TOKEN_HEADER.encode(), b"")
         if given and hmac.compare_digest(given, self.token) and route in OPEN | SIDECAR_ONLY:
@@ -58,13 +67,14 @@ class RequestLayer:
         elif route not in OPEN:
             await _error(send, 404, f"{route[0]} {route[1]} is not served here", "not_found")
         elif self.keys and route in KEYED and (refusal := self.keys.refusal(scope["headers"])):
-            await _error(send, 401, refusal, "invalid_api_key", (b"www-authenticate", b"Bearer"))
+            code = "401" if deployment else "invalid_api_key"  # as Azure says it
+            await _error(send, 401, refusal, code, (b"www-authenticate", b"Bearer"))
         elif route == ("GET", "/ready"):
             await self._ready(send)
         elif route == ("GET", "/v1/models"):
             await _json(send, 200, {"object": "list", "data": self._models(self.aliases.current())})
         elif route in GENERATE:
-            await self._generate(scope, receive, send)
+            await self._generate(scope, receive, send, deployment)
         else:
             await self.app(scope, receive, send)
 
@@ -93,8 +103,8 @@ class RequestLayer:
         ]
         return [base, *adapters]
 
-    async def _generate(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Check the body's `model` and put the loaded version in place of the alias."""
+    async def _generate(self, scope: Message, receive: Receive, send: Send, deployment: str | None) -> None:
+        """Check the body's `model` and put the loaded version in place of the alias. A `deployment` is that alias."""
         body = await _body(receive, self.max_request_bytes)
         if body is None:
             message = f"the request body exceeds {self.max_request_bytes:,} bytes"
@@ -103,6 +113,9 @@ class RequestLayer:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
             return await _error(send, 400, f"the request body is not JSON: {error}", "invalid_json")
+        if deployment and isinstance(request, dict):
+            request["model"] = deployment
+            body = json.dumps(request).encode()
         if not isinstance(request, dict) or not isinstance(request.get("model"), str):
             return await _error(send, 400, "the request body needs a string `model`", "missing_model")
         if request.get("prompt_logprobs") is not None or (request.get("echo") and request.get("logprobs") is not None):
@@ -115,11 +128,26 @@ class RequestLayer:
             body = json.dumps(request).encode()
         elif model != self.base_name and model not in names.values():
             known = ", ".join([self.base_name, *names])
-            return await _error(send, 404, f"model {model!r} does not exist; served here: {known}", "model_not_found")
+            what, code = ("deployment", "DeploymentNotFound") if deployment else ("model", "model_not_found")
+            return await _error(send, 404, f"{what} {model!r} does not exist; served here: {known}", code)
         forwarded = _resized(scope, body)
         if self.keys:
             forwarded["headers"] = without_key(forwarded["headers"])
         await self.app(forwarded, _replay(body, receive), send)
+
+
+def _as_openai(scope: Message) -> tuple[Message, str | None]:
+    """`scope` with OpenAI's path where it has one of Azure's, and the deployment that stands for the model."""
+    headers = [(name, value) for name, value in scope["headers"] if name != DEPLOYMENT]
+    deployment = next((value.decode("latin-1") for name, value in scope["headers"] if name == DEPLOYMENT), None)
+    path = scope["path"]
+    if match := AZURE.fullmatch(path):
+        deployment, path = match["deployment"], f"/v1{match['route']}"
+    elif path in AZURE_MODELS:
+        path = "/v1/models"
+    elif deployment is None:
+        return scope, None
+    return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}, deployment
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from common.chat import Message
 from common.files import tree_digest
@@ -13,14 +16,30 @@ from training.dataset import Limits
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WEIGHTS = "*.safetensors"
+WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
+EMBEDDINGS = "embed_tokens.weight"
+
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Ministral3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "Phi3ForCausalLM", "GemmaForCausalLM", "GraniteForCausalLM",
+)  # fmt: skip
+"""What can be tuned and served, in the words of config.json: its attention is plain softmax, with or without a sliding
+window, so that packed rows stay apart (training.packing passes over soft caps and sinks, and recurrent layers would
+carry one row into the next), and vLLM 0.32 serves LoRA on it. tests/contract/test_peers.py holds both against it."""
 
 
 def base_folder(name: str) -> Path:
-    """The folder of base model `name`. Raises `SettingsError` when it is not a complete model folder."""
+    """The folder of base model `name`. Raises `SettingsError` with every reason why it cannot be tuned on."""
+    if problems := folder_problems(name):
+        raise SettingsError(problems)
+    return Path(name)
+
+
+def folder_problems(name: str) -> list[str]:
+    """What the files of base `name` show against it: the headers of the weights are read, not the weights."""
     folder = Path(name)
     if not folder.is_dir():
-        raise SettingsError([f"base_model: {name}: no such folder; give the folder that holds config.json"])
+        return [f"base_model: {name}: no such folder; give the folder that holds config.json"]
     missing = [
         what
         for what, found in {
@@ -30,9 +49,75 @@ def base_folder(name: str) -> Path:
         }.items()
         if not found
     ]
-    if missing:
-        raise SettingsError([f"base_model: {name}: lacks {', '.join(missing)}"])
-    return folder
+    found = [f"lacks {', '.join(missing)}"] if missing else []
+    if absent := [file for file in _indexed(folder) if not (folder / file).is_file()]:
+        found.append(f"lacks {_some(absent)} of the weights, which {INDEX} names; fetch the base again")
+    if (folder / "config.json").is_file():
+        found += _config_problems(folder)
+    return [f"base_model: {name}: {problem}" for problem in found]
+
+
+def _config_problems(folder: Path) -> list[str]:
+    try:
+        config = base_config(folder)
+    except ValueError as error:
+        return [f"config.json is not JSON ({error}); fetch the base again"]
+    found = []
+    architectures = config.get("architectures") or []
+    if not set(architectures) & set(ARCHITECTURES):
+        found.append(
+            f"is a {', '.join(map(str, architectures)) or 'model that names no architecture'}; what can be tuned and "
+            f"served here are {', '.join(ARCHITECTURES)}"
+        )
+    if quantised := config.get("quantization_config"):
+        found.append(
+            f"is quantised itself ({quantised.get('quant_method', 'by an unknown method')}); give the base that it "
+            "was made from, and load_in_4bit: true where memory is short"
+        )
+    try:
+        rows = next((shape[0] for name, shape in base_shapes(folder).items() if name.endswith(EMBEDDINGS)), None)
+    except ValueError as error:
+        return [*found, str(error)]
+    if rows is not None and rows < int(config.get("vocab_size", rows)):
+        found.append(
+            f"its embeddings have {rows} rows, config.json says vocab_size {config['vocab_size']}; fetch the base again"
+        )
+    return found
+
+
+def base_config(folder: Path) -> dict[str, Any]:
+    """The base's config.json. Raises ValueError when it is no JSON object."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("no object")
+    return config
+
+
+def base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the base by its name, from its files' headers; ValueError for a damaged file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in [folder / name for name in _indexed(folder)] or sorted(folder.glob(WEIGHTS)):
+        if not path.is_file():
+            continue  # told by name in `folder_problems`
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path.name} is not a whole safetensors file ({error}); fetch the base again") from None
+    return shapes
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The files that the base's index names; none where it has no readable index, as a base of one file."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def base_revision(folder: Path) -> str:
@@ -41,7 +126,7 @@ def base_revision(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Raises `SettingsError` when it cannot render a chat or end a turn."""
+    """The base's tokenizer. Raises `SettingsError` when it cannot render a chat, end a turn, or fits no such model."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
@@ -50,6 +135,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         problems.append(f"base_model: {folder}: no chat template; use an instruct model, or add chat_template.jinja")
     if tokenizer.eos_token_id is None:
         problems.append(f"base_model: {folder}: the tokenizer names no eos_token, so an answer could never end")
+    vocabulary = base_config(folder).get("vocab_size", len(tokenizer))
+    if len(tokenizer) > vocabulary:
+        problems.append(
+            f"base_model: {folder}: the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}; give the "
+            "base's own tokenizer (vLLM serves no adapter with resized embeddings)"
+        )
     if problems:
         raise SettingsError(problems)
     return tokenizer

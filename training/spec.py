@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from common.lora import ADAPTER_NAME, MAX_LORA_RANK
 from common.settings import Settings
@@ -37,7 +37,14 @@ class GateSpec(Settings):
 class TuningSettings(Settings):
     """What a person chooses for one adapter, by the familiar names of transformers and peft."""
 
-    dataset: str = Field(min_length=1, description="JSON Lines file of instruction/input/output or messages rows.")
+    dataset: str = Field(
+        min_length=1,
+        description="JSON Lines of instruction/input/output or messages rows: a local path, https://..., or "
+        "az://ACCOUNT/CONTAINER/PATH.",
+    )
+    dataset_sha256: str | None = Field(
+        None, pattern="^(sha256:)?[0-9a-fA-F]{64}$", description="SHA-256 that the dataset must have, in hex."
+    )
 
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     num_train_epochs: int = Field(3, ge=1, le=1000, description="Passes over the tuning split.")
@@ -75,8 +82,22 @@ class TuningSettings(Settings):
     )
     gate: GateSpec = Field(default_factory=GateSpec, description="What the adapter must prove before it is served.")
 
+    @field_serializer("dataset")
+    def _without_signature(self, dataset: str) -> str:
+        """A query may be a SAS token: it goes into no file, and so into no artifact."""
+        return dataset.partition("?")[0] if "://" in dataset else dataset
 
-ASIDE = ("gate", "logging_steps", "save_minutes", "save_steps", "gradient_checkpointing", "dataset", "base_model")
+
+ASIDE = (
+    "gate",
+    "logging_steps",
+    "save_minutes",
+    "save_steps",
+    "gradient_checkpointing",
+    "dataset",
+    "dataset_sha256",
+    "base_model",
+)
 
 
 class TuningSpec(TuningSettings):

@@ -1,44 +1,42 @@
 """Tunes a LoRA adapter: one loop from rows to PEFT files, read from top to bottom.
 
-    rows of an optimiser step = batch x accumulation
+    rows of an optimiser step = batch x accumulation, on any number of GPUs
     tokens of a forward pass <= batch x max_seq_length, without padding (training.packing)
     loss of a step            = sum of the answer tokens' cross entropy / number of those tokens
 
-The division is by the tokens of the whole step, not of each forward pass, so that the size of a pass changes the
-memory needed and nothing else (the mean of means weighs short answers too much: transformers issue 34242).
+The division is by the tokens of the whole step, not of each forward pass, so that neither the size of a pass nor the
+number of GPUs changes the gradient (the mean of means weighs short answers too much: transformers issue 34242).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.helpers import disable_input_dtype_casting
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from common.files import read_json, write_json, write_jsonl
+from common import exits
+from common.files import write_json
 from common.settings import SettingsError
 from training import checkpoint
-from training.base import base_folder, base_limits, base_revision, load_tokenizer
-from training.dataset import Checked, Problem, Row, is_held_out, read
-from training.encode import Example, encode_all
-from training.fused import fuse
-from training.packing import ATTENTION, pack, summed_loss
+from training.base import base_folder
+from training.begin import Start, begin
+from training.encode import Example
+from training.model import load_model, own_precision
+from training.packing import pack, summed_loss
 from training.progress import Measurement, Progress
+from training.ranks import Ranks, deal, join
+from training.source import public
 from training.spec import TuningSpec
 
 log = logging.getLogger(__name__)
@@ -66,40 +64,24 @@ def tune(
     `tuning.json`. A finished run of the same settings, data and base is not done again; an unfinished one goes on
     from its newest whole checkpoint. `fresh` discards both. `checkpoints` is a folder az://ACCOUNT/CONTAINER/PATH that
     gets a copy of each checkpoint, and gives back the newest where `out` has none so new: the run survives its node.
+
+    One of several processes (training.launch, torchrun) takes its share of each step; the first alone reads data and
+    writes. A run may go on with another number of them, but only the same number gives the same bytes (on a CPU).
     Raises `SettingsError` for what only a person can mend, `BlobError` when the copies cannot be looked at,
     `Terminated` after SIGTERM.
     """
-    folder = base_folder(spec.base_model)
-    revision = base_revision(folder)
-    tuning_rows, held_out, checked = split(spec)
-    fingerprint = spec.fingerprint(dataset_digest=checked.digest, base_revision=revision)
-    remote = checkpoint.Remote(checkpoints, fingerprint) if checkpoints else None
-    if fresh:
-        forget(out)
-        if remote:
-            remote.forget()
-    if (done := finished(out, fingerprint)) is not None:
-        log.info("already tuned with these settings, data and base: %s", out / "adapter")
-        write_json(out / "spec.json", spec.model_dump(mode="json"))  # the gate may ask for more now
-        return done
+    with join() as ranks:
+        start = ranks.from_first(lambda: begin(spec, out, fresh=fresh, checkpoints=checkpoints))
+        return start if isinstance(start, dict) else train(spec, out, start, ranks, metrics_address, checkpoints)
 
-    examples, dropped = encode_all(tuning_rows, load_tokenizer(folder), spec.max_seq_length)
-    if not examples:
-        raise SettingsError(
-            [f"max_seq_length: {spec.max_seq_length} drops all {len(dropped)} rows of {spec.dataset}; raise it"]
-        )
-    if dropped:
-        log.warning("%d rows exceed max_seq_length = %d and are left out", len(dropped), spec.max_seq_length)
-    try:
-        found = checkpoint.newest(out / "checkpoints", fingerprint)
-    except ValueError as error:
-        raise SettingsError([f"{error}; choose another --out, or discard that run with --fresh"]) from None
-    if remote and remote.fetch_newer(out / "checkpoints", than=found[0].step if found else 0):
-        found = checkpoint.newest(out / "checkpoints", fingerprint)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def train(
+    spec: TuningSpec, out: Path, start: Start, ranks: Ranks, metrics_address: str | None, checkpoints: str | None
+) -> dict[str, Any]:
+    """The loop, in each process of the run; the first shows and writes. The rest is said at `tune`."""
+    device, examples = ranks.device, start.examples
     torch.manual_seed(spec.seed)
-    model = load_model(spec, folder, device)
+    model = load_model(spec, base_folder(spec.base_model), device)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=spec.weight_decay)
     rows_per_step = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
@@ -107,208 +89,136 @@ def tune(
     total_steps = steps_per_epoch * spec.num_train_epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(spec, step, total_steps))
 
-    done_before = checkpoint.Position(0, 0.0, 0)
-    if found:
-        done_before, adapter, rest = found
+    done_before, random_states = checkpoint.Position(0, 0.0, 0), []
+    if start.found:
+        done_before, adapter, rest = start.found
         set_peft_model_state_dict(model, adapter)
         optimizer.load_state_dict(rest["optimizer"])
         schedule.load_state_dict(rest["schedule"])
-        _set_random_state(rest["random"])
+        random_states = rest["random"]
         log.info("resuming at step %d of %d", done_before.step, total_steps)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "spec.json", spec.model_dump(mode="json"))
-    origin = {"fingerprint": fingerprint, "dataset_digest": checked.digest, "base_revision": revision}
-    write_json(out / "run.json", origin)
-    write_jsonl(out / "held_out.jsonl", (row for _, row in held_out))
-    events = out / "events.jsonl"
-    _keep_events(events, done_before.step)
+    if len(random_states) == ranks.world:
+        ranks.set_random_state(random_states[ranks.rank])
+    else:
+        ranks.seed(spec.seed, done_before.step)
+    ranks.copy_from_first(weights)
 
     log.info(
-        "%d rows to tune on, %d held out; %d rows x %d steps x %d epochs; %s of %s parameters are trained",
-        len(examples), len(held_out), rows_per_step, steps_per_epoch, spec.num_train_epochs,
+        "%d rows to tune on, %d held out; %d rows x %d steps x %d epochs; %s of %s parameters are trained%s",
+        len(examples), start.held_out, rows_per_step, steps_per_epoch, spec.num_train_epochs,
         f"{sum(w.numel() for w in weights):,}", f"{sum(p.numel() for p in model.parameters()):,}",
+        f" by {ranks.world} processes" if ranks.world > 1 else "",
     )  # fmt: skip
+    budget = pass_tokens(spec)
+    remote = checkpoint.Remote(checkpoints, start.origin["fingerprint"]) if checkpoints and ranks.first else None
 
-    def save(step: int) -> None:
+    def save(step: int, random_states: list[Any]) -> None:
         path = checkpoint.save(
             out / "checkpoints",
-            fingerprint,
+            start.origin["fingerprint"],
             checkpoint.Position(step, done_before.seconds + time.monotonic() - started, tokens),
             get_peft_model_state_dict(model),
-            {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": _random_state()},
+            {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": random_states},
         )
         if remote:
             remote.copy(path)
+        if progress:
+            progress.saved(step)
 
-    with (
-        Progress(spec.adapter, total_steps, events, metrics_address) as progress,
-        _Sigterm() as sigterm,
-        own_precision(model),
-    ):
-        progress.dropped(len(dropped))
-        progress.resumed(done_before.step)
+    shown: AbstractContextManager[Progress | None] = nullcontext()
+    if ranks.first:
+        shown = Progress(spec.adapter, total_steps, out / "events.jsonl", metrics_address)
+    with shown as progress, _Sigterm() as sigterm, own_precision(model):
+        if progress:
+            progress.dropped(start.dropped)
+            progress.resumed(done_before.step)
         started = window_started = saved = time.monotonic()
         tokens = window_tokens = done_before.tokens
-        loss_sum, loss_tokens, last_loss = 0.0, 0, math.nan
-        for step, batches in steps(examples, spec, start=done_before.step):
-            answer_tokens = sum(example.answer_length for batch in batches for example in batch)
-            losses = []
-            for batch in batches:
-                loss = summed_loss(model, batch, device)
-                (loss / answer_tokens).backward()  # type: ignore[no-untyped-call]
-                losses.append(loss.detach())
-                tokens += sum(len(example.ids) for example in batch)
+        loss_sum, loss_tokens, last_loss, room = 0.0, 0, math.nan, 0
+        for step, shares in steps(examples, spec, start=done_before.step, ranks=ranks.world):
+            passes = [(rank, rows) for rank, share in enumerate(shares) for rows in share]
+            answer_tokens = sum(row.answer_length for _, rows in passes for row in rows)
+            losses = torch.zeros(len(passes), device=device)
+            for number, (rank, rows) in enumerate(passes):
+                if rank == ranks.rank:
+                    loss = summed_loss(model, rows, device)
+                    (loss / answer_tokens).backward()  # type: ignore[no-untyped-call]
+                    losses[number] = loss.detach()
             # Read here once: reading a number after each pass would have the GPU wait for this process.
-            for value, batch in zip(torch.stack(losses).tolist(), batches, strict=True):
+            for value, (_, rows) in zip(ranks.add_up(weights, losses).tolist(), passes, strict=True):
                 if not math.isfinite(value):
-                    lines = ", ".join(str(number) for number in sorted(example.line for example in batch))
-                    raise SettingsError(
-                        [f"the loss became {value} at step {step} on lines {lines} of {spec.dataset}; lower "
-                         f"learning_rate (now {spec.learning_rate:g}) or look at those lines"]
-                    )  # fmt: skip
+                    raise _no_number(value, step, rows, spec) if ranks.first else SystemExit(exits.INPUT)
                 loss_sum += value
             loss_tokens += answer_tokens
+            tokens += sum(len(row.ids) for _, rows in passes for row in rows)
+            room += len(passes) * budget
             norm = torch.nn.utils.clip_grad_norm_(weights, spec.max_grad_norm).item()
             learning_rate = float(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.step()
+            if progress:
+                progress.step()
+            now = time.monotonic()
             if step % spec.logging_steps == 0 or step == total_steps:
-                now = time.monotonic()
                 last_loss = loss_sum / loss_tokens
-                speed = (tokens - window_tokens) / (now - window_started)
-                left = (total_steps - step) * (now - started) / (step - done_before.step)
-                elapsed = done_before.seconds + now - started
-                progress.show(
-                    Measurement(
-                        step, total_steps, step / steps_per_epoch, last_loss, learning_rate, norm, speed, elapsed, left
+                if progress:
+                    progress.show(
+                        Measurement(
+                            step=step,
+                            total_steps=total_steps,
+                            epoch=step / steps_per_epoch,
+                            loss=last_loss,
+                            learning_rate=learning_rate,
+                            gradient_norm=norm,
+                            tokens_per_second=(tokens - window_tokens) / (now - window_started),
+                            elapsed_seconds=done_before.seconds + now - started,
+                            eta_seconds=(total_steps - step) * (now - started) / (step - done_before.step),
+                            pass_fill=min(1.0, (tokens - window_tokens) / room),
+                            gpu_memory_bytes=ranks.gpu_memory(),
+                        )
                     )
-                )
-                window_started, window_tokens, loss_sum, loss_tokens = now, tokens, 0.0, 0
-            due = time.monotonic() - saved >= 60 * spec.save_minutes
+                window_started, window_tokens, loss_sum, loss_tokens, room = now, tokens, 0.0, 0, 0
+            # The clock of the first process decides for all.
+            due = ranks.first and now - saved >= 60 * spec.save_minutes
             due = due or (spec.save_steps is not None and step % spec.save_steps == 0)
-            if sigterm.came or (due and step < total_steps):
-                save(step)
+            stop, due = ranks.any(sigterm.came, due)
+            if step < total_steps and (stop or due):
+                states = ranks.gather(ranks.random_state())
+                ranks.from_first(lambda: save(step, states))  # noqa: B023  called at once
                 saved = time.monotonic()
-            if sigterm.came and step < total_steps:
-                raise Terminated(f"stopped at step {step} of {total_steps}; run again to resume")
+                if stop:
+                    end = Terminated(f"stopped at step {step} of {total_steps}; run again to resume")
+                    raise end if ranks.first else SystemExit(exits.TERMINATED)
         seconds = done_before.seconds + time.monotonic() - started
+    peaks = [peak for peak in ranks.gather(ranks.gpu_memory()) if peak is not None]
 
-    model.peft_config["default"].base_model_name_or_path = spec.base_model
-    model.save_pretrained(out / "adapter")
-    summary = {
-        "adapter": spec.adapter,
-        **origin,
-        "examples": len(examples),
-        "held_out": len(held_out),
-        "dropped": len(dropped),
-        "steps": total_steps,
-        "tokens": tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "final_loss": round(last_loss, 5),
-        "device": str(device),
-        "seed": spec.seed,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-    write_json(out / "tuning.json", summary)
-    return summary
+    def finish() -> dict[str, Any]:
+        model.peft_config["default"].base_model_name_or_path = spec.base_model
+        model.save_pretrained(out / "adapter")
+        libraries = ("torch", "transformers", "peft", *(["bitsandbytes"] if spec.load_in_4bit else []))
+        summary = {
+            "adapter": spec.adapter,
+            **start.origin,
+            "examples": len(examples),
+            "held_out": start.held_out,
+            "dropped": start.dropped,
+            "steps": total_steps,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "final_loss": round(last_loss, 5),
+            "device": device.type,
+            "world_size": ranks.world,
+            "peak_gpu_bytes": max(peaks, default=None),
+            "load_in_4bit": spec.load_in_4bit,
+            "seed": spec.seed,
+            "versions": {name: version(name) for name in libraries},
+        }
+        write_json(out / "tuning.json", summary)
+        return summary
 
-
-def split(spec: TuningSpec) -> tuple[list[tuple[int, Row]], list[tuple[int, Row]], Checked]:
-    """`(tuning rows, held-out rows, summary)`, rows with their line numbers.
-
-    Raises `SettingsError` listing every problem of the dataset, or when a side of the split would be empty.
-    """
-    path, checked = Path(spec.dataset), Checked()
-    problems, sides = [], ([], [])  # type: tuple[list[str], tuple[list[tuple[int, Row]], list[tuple[int, Row]]]]
-    try:
-        for item in read(path, base_limits(spec.base_model, spec.max_seq_length), checked):
-            if isinstance(item, Problem):
-                problems.append(f"{path}:{item}")
-            else:
-                sides[is_held_out(item[1], spec.held_out_fraction)].append(item)
-    except OSError as error:
-        raise SettingsError([f"dataset: {path}: {error.strerror}"]) from None
-    if problems:
-        raise SettingsError(problems)
-    if not all(sides):
-        raise SettingsError(
-            [f"dataset: {path}: {checked.rows} rows with held_out_fraction = {spec.held_out_fraction} give "
-             f"{len(sides[0])} to tune on and {len(sides[1])} held out; both need some: add rows"]
-        )  # fmt: skip
-    return *sides, checked
-
-
-def finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The summary of a run in `out` that ended, if it was this very run. It is written last, so it vouches for all."""
-    path = out / "tuning.json"
-    if not path.is_file():
-        return None
-    summary: dict[str, Any] = read_json(path)
-    if summary["fingerprint"] != fingerprint:
-        raise SettingsError(
-            [f"{path} is of a finished run with other settings, data or base; choose another --out, or discard it "
-             "with --fresh"]
-        )  # fmt: skip
-    return summary
-
-
-def forget(out: Path) -> None:
-    """Remove what an earlier run left in `out`, and nothing else that may lie there."""
-    for name in ("checkpoints", "adapter"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (
-        "tuning.json",
-        "events.jsonl",
-        "evaluation.json",
-        "canaries.json",
-        "held_out.jsonl",
-        "spec.json",
-        "run.json",
-    ):
-        (out / name).unlink(missing_ok=True)
-
-
-def load_model(spec: TuningSpec, folder: Path, device: torch.device) -> Any:
-    """The base with a fresh adapter on it, in bf16 where the GPU computes in it and fp32 elsewhere.
-
-    The adapter itself stays in fp32: its updates are too small for bf16's 8 bits of mantissa.
-    """
-    disable_progress_bar()  # one bar is enough, and loading takes a moment
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if half else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
-    _check_targets(spec, base)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.lora_r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        target_modules=list(spec.lora_target_modules),
-        bias="none",  # vLLM refuses adapters with biases
-    )
-    model = get_peft_model(base.to(device), config, autocast_adapter_dtype=True)
-    fuse(model)
-    return model.train()
-
-
-def own_precision(model: Any) -> AbstractContextManager[None]:
-    """While entered, no adapter copies its input to fp32: autocast brings its weights to the base's bf16 instead.
-
-    peft casts the other way, and autograd keeps a copy for each adapted layer: for Llama 3.1 8B at 4 x 1,024
-    tokens 9.5 GiB beside the 31.3 that are kept without.
-    """
-    return disable_input_dtype_casting(model, active=model.dtype == torch.bfloat16)  # type: ignore[no-any-return]
-
-
-def _check_targets(spec: TuningSpec, base: Any) -> None:
-    layers = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    if unknown := sorted(set(spec.lora_target_modules) - layers):
-        raise SettingsError(
-            [f"lora_target_modules: {', '.join(unknown)} not in this base; it has {', '.join(sorted(layers))}"]
-        )
+    return ranks.from_first(finish)
 
 
 def rate(spec: TuningSpec, step: int, total_steps: int) -> float:
@@ -322,19 +232,24 @@ def rate(spec: TuningSpec, step: int, total_steps: int) -> float:
     ]
 
 
-def steps(examples: list[Example], spec: TuningSpec, *, start: int) -> Iterator[tuple[int, list[list[Example]]]]:
-    """Yield `(step number from 1, forward passes)` after step `start`.
+def pass_tokens(spec: TuningSpec) -> int:
+    """The most tokens that a forward pass takes: what infra.fit counts on, and on a CPU fewer."""
+    most = spec.per_device_train_batch_size * spec.max_seq_length
+    return most if torch.cuda.is_available() else min(most, CPU_PASS_TOKENS)
 
-    The rows of a step depend on seed and epoch alone, so a resumed run sees what an uninterrupted one would. They share
-    as few forward passes as hold them, none with more tokens than batch x max_seq_length: what infra.fit counts on. So
-    short rows take fewer passes than gradient_accumulation_steps, and the step's gradient is the same sum. On a CPU a
-    pass stays below `CPU_PASS_TOKENS`.
+
+def steps(
+    examples: list[Example], spec: TuningSpec, *, start: int, ranks: int = 1
+) -> Iterator[tuple[int, list[list[list[Example]]]]]:
+    """Yield `(step number from 1, forward passes of each rank)` after step `start`.
+
+    The rows of a step depend on seed and epoch alone, so a resumed run sees what an uninterrupted one would, on any
+    number of ranks. They are dealt to the ranks by their tokens; those of a rank share as few forward passes as hold
+    them, none above `pass_tokens`. So short rows take fewer passes than gradient_accumulation_steps, and the step's
+    gradient is the same sum.
     """
-    size = spec.per_device_train_batch_size
-    rows_per_step = size * spec.gradient_accumulation_steps
-    budget = size * spec.max_seq_length
-    if not torch.cuda.is_available():
-        budget = min(budget, CPU_PASS_TOKENS)
+    rows_per_step = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    budget = pass_tokens(spec)
     step = 0
     for epoch in range(spec.num_train_epochs):
         order = list(range(len(examples)))
@@ -343,7 +258,16 @@ def steps(examples: list[Example], spec: TuningSpec, *, start: int) -> Iterator[
             step += 1
             if step > start:
                 rows = [examples[i] for i in order[first : first + rows_per_step]]
-                yield step, pack(rows, budget)
+                shares = deal([len(row.ids) for row in rows], ranks)
+                yield step, [pack([rows[i] for i in share], budget) for share in shares]
+
+
+def _no_number(loss: float, step: int, rows: list[Example], spec: TuningSpec) -> SettingsError:
+    lines = ", ".join(str(number) for number in sorted(row.line for row in rows))
+    return SettingsError(
+        [f"the loss became {loss} at step {step} on lines {lines} of {public(spec.dataset)}; lower learning_rate (now "
+         f"{spec.learning_rate:g}) or look at those lines"]
+    )  # fmt: skip
 
 
 class _Sigterm:
@@ -360,22 +284,3 @@ class _Sigterm:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of every generator that the loop draws from (dropout); the row order needs none."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _keep_events(path: Path, step: int) -> None:
-    """Drop measurements after `step`: the steps that a lost attempt made will be made and measured again."""
-    if path.is_file():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        write_jsonl(path, [event for event in map(json.loads, whole) if event["step"] <= step])

@@ -1,12 +1,15 @@
-"""What all our Jobs have in common: names that follow from their inputs, and which failures are worth another pod."""
+"""What all our Jobs have in common: their frame, names from their inputs, and which failures are worth another pod."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 
-from pulumi_kubernetes import batch
+import pulumi
+from pulumi_kubernetes import batch, core, meta
 
 from common import exits
+from workloads.pods import IDENTITY_LABEL, pod_security
 
 # Pulumi starts a Job and goes on. It does not wait for a deleted one either (pulumi-kubernetes #3154), so a Job that is
 # made anew under its old name needs the old object to be gone at once: its pods may follow, and end in their own time.
@@ -14,7 +17,6 @@ ANNOTATIONS = {"pulumi.com/skipAwait": "true", "pulumi.com/deletionPropagationPo
 
 # The API server lets neither template nor failure policy change; the provider knows it of the template alone.
 REPLACE_ON_CHANGES = ["spec.podFailurePolicy"]
-
 
 ROLE_WAIT_SECONDS = 900  # Azure needs minutes until a role just given counts
 
@@ -35,6 +37,68 @@ def digest_of(image: str) -> str:
             f"{image}: an image is named by its digest, REPOSITORY@sha256:..., or a Job could change unseen"
         )
     return digest
+
+
+def job(
+    title: pulumi.Input[str],
+    namespace: pulumi.Input[str],
+    pod: core.v1.PodSpecArgs,
+    *,
+    labels: Mapping[str, str],
+    retries: int,
+    deadline_seconds: int,
+    resource_name: str,
+    annotations: Mapping[str, str] | None = None,
+    opts: pulumi.ResourceOptions,
+) -> batch.v1.Job:
+    """The Job `title` that runs `pod`; it and its pods have `labels`, its pods `annotations` and an Azure identity."""
+    return batch.v1.Job(
+        resource_name,
+        metadata=meta.v1.ObjectMetaArgs(name=title, namespace=namespace, labels=labels, annotations=ANNOTATIONS),
+        spec=batch.v1.JobSpecArgs(
+            backoff_limit=retries,
+            active_deadline_seconds=deadline_seconds,
+            pod_failure_policy=failure_policy(),
+            # The only one beside a failure policy. Two pods at once would also write the same checkpoints.
+            pod_replacement_policy="Failed",
+            template=core.v1.PodTemplateSpecArgs(
+                metadata=meta.v1.ObjectMetaArgs(labels={**labels, **IDENTITY_LABEL}, annotations=annotations),
+                spec=pod,
+            ),
+        ),
+        opts=opts,
+    )
+
+
+def job_pod(
+    service_account: pulumi.Input[str],
+    containers: Sequence[core.v1.ContainerArgs],
+    volumes: Sequence[core.v1.VolumeArgs],
+    *,
+    node_selector: Mapping[str, str],
+    init_containers: Sequence[core.v1.ContainerArgs] | None = None,
+    tolerations: Sequence[core.v1.TolerationArgs] | None = None,
+    grace_seconds: int | None = None,
+) -> core.v1.PodSpecArgs:
+    """A pod of a Job: its containers once, in turn and without privilege."""
+    return core.v1.PodSpecArgs(
+        restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
+        service_account_name=service_account,
+        automount_service_account_token=False,
+        enable_service_links=False,
+        security_context=pod_security(),
+        node_selector=node_selector,
+        tolerations=tolerations,
+        termination_grace_period_seconds=grace_seconds,
+        init_containers=init_containers,
+        containers=containers,
+        volumes=volumes,
+    )
+
+
+def variables(values: Mapping[str, str]) -> list[core.v1.EnvVarArgs]:
+    """Environment variables of a container."""
+    return [core.v1.EnvVarArgs(name=name, value=value) for name, value in values.items()]
 
 
 def failure_policy() -> batch.v1.PodFailurePolicyArgs:

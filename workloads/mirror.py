@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import pulumi
-from pulumi_kubernetes import batch, core, meta
+from pulumi_kubernetes import core, meta
 from pydantic import SecretStr
 
 from infra.settings import Base
-from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, digest_of, failure_policy, inputs_hash
+from workloads.jobs import REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, digest_of, inputs_hash, job, job_pod, variables
 from workloads.placement import apps_node_selector
-from workloads.pods import IDENTITY_LABEL, container_security, mount, pod_security, resources, scratch
+from workloads.pods import container_security, mount, resources, scratch
 from workloads.policies import egress_https, network_policy
 
 LABELS = {"app": "mirror"}
@@ -77,36 +77,22 @@ class Mirror(pulumi.ComponentResource):
             resource_name=f"{name}-network",
             opts=child,
         )
-        job = batch.v1.Job(
-            f"{name}-job",
-            metadata=meta.v1.ObjectMetaArgs(
-                name=pulumi.Output.from_input(args.image).apply(lambda image: job_name(base, image, args.token)),
-                namespace=args.namespace,
-                labels=LABELS,
-                annotations=ANNOTATIONS,
+        started = job(
+            pulumi.Output.from_input(args.image).apply(lambda image: job_name(base, image, args.token)),
+            args.namespace,
+            job_pod(
+                args.service_account,
+                [_container(args, self.address, secret)],
+                [scratch("work")],
+                node_selector=apps_node_selector(),
             ),
-            spec=batch.v1.JobSpecArgs(
-                backoff_limit=RETRIES,
-                active_deadline_seconds=DEADLINE_HOURS * 3600,
-                pod_failure_policy=failure_policy(),
-                pod_replacement_policy="Failed",  # the only one beside a failure policy
-                template=core.v1.PodTemplateSpecArgs(
-                    metadata=meta.v1.ObjectMetaArgs(labels={**LABELS, **IDENTITY_LABEL}),
-                    spec=core.v1.PodSpecArgs(
-                        restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
-                        service_account_name=args.service_account,
-                        automount_service_account_token=False,
-                        enable_service_links=False,
-                        security_context=pod_security(),
-                        node_selector=apps_node_selector(),
-                        containers=[_container(args, self.address, secret)],
-                        volumes=[scratch("work")],
-                    ),
-                ),
-            ),
+            labels=LABELS,
+            retries=RETRIES,
+            deadline_seconds=DEADLINE_HOURS * 3600,
+            resource_name=f"{name}-job",
             opts=pulumi.ResourceOptions(parent=self, replace_on_changes=REPLACE_ON_CHANGES),
         )
-        self.job_name = job.metadata.name
+        self.job_name = started.metadata.name
         self.register_outputs({"address": self.address, "job_name": self.job_name})
 
 
@@ -130,12 +116,7 @@ def disk_gib(base: Base) -> int:
 
 
 def _container(args: MirrorArgs, address: pulumi.Output[str], secret: core.v1.Secret | None) -> core.v1.ContainerArgs:
-    env = [
-        core.v1.EnvVarArgs(name="HOME", value="/work"),
-        core.v1.EnvVarArgs(name="TMPDIR", value="/work"),
-        core.v1.EnvVarArgs(name="HF_HOME", value="/work/hf"),
-        core.v1.EnvVarArgs(name="HF_ENDPOINT", value=args.base.hub),
-    ]
+    env = variables({"HOME": "/work", "TMPDIR": "/work", "HF_HOME": "/work/hf", "HF_ENDPOINT": args.base.hub})
     if secret is not None:
         source = core.v1.EnvVarSourceArgs(
             secret_key_ref=core.v1.SecretKeySelectorArgs(name=secret.metadata.name, key="token")

@@ -20,20 +20,20 @@ NODE_RESERVE_MEMORY = 0.15  # share
 
 @dataclass(frozen=True)
 class GpuShare:
-    """What one pod with one GPU asks for: its share of the node."""
+    """What a pod asks for, for its GPUs: their share of the node."""
 
     cpu: str
     memory: str
     ephemeral_storage: str
 
 
-def gpu_share(pool: GpuPool) -> GpuShare:
-    """One GPU's share of CPU (cores), memory (GiB) and node disk (GiB) on the nodes of `pool`, rounded down."""
+def gpu_share(pool: GpuPool, gpus: int = 1) -> GpuShare:
+    """The shares that `gpus` GPUs have of CPU (cores), memory and disk (GiB) of a node of `pool`, each rounded down."""
     sku = pool.sku
     cpu = math.floor((sku.vcpus - NODE_RESERVE_CPU) / sku.gpus)
     memory = math.floor(sku.ram_gib * (1 - NODE_RESERVE_MEMORY) / sku.gpus)
     disk = math.floor(pool.os_disk_gib * 0.6 / sku.gpus)  # images take some, and the kubelet evicts at 85 % full
-    return GpuShare(str(cpu), f"{memory}Gi", f"{disk}Gi")
+    return GpuShare(str(gpus * cpu), f"{gpus * memory}Gi", f"{gpus * disk}Gi")
 
 
 def gpu_node_selector(pool: str) -> dict[str, str]:

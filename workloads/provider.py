@@ -25,6 +25,7 @@ def cluster_provider(
         kubeconfig=pulumi.Output.secret(kubeconfig),
         cluster_identifier=identifier,
         enable_server_side_apply=True,
+        enable_config_map_mutable=True,  # for those that are not marked immutable
         enable_secret_mutable=True,  # a new API key changes the Secret in place: replicas read it, no pod is replaced
         opts=opts,
     )

@@ -45,7 +45,7 @@ class NodeProvisioning(pulumi.ComponentResource):
                 opts=pulumi.ResourceOptions(parent=self),
             )
             zones = [f"{args.location}-{zone}" for zone in (args.zones if pool.zones is None else pool.zones)]
-            for number, size in enumerate((pool.vm_size, *pool.alternatives)):
+            for number, size in enumerate(pool.sizes):
                 apiextensions.CustomResource(
                     f"{name}-{pool_name}-{number}",
                     api_version="karpenter.sh/v1",

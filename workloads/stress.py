@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 
 import pulumi
-from pulumi_kubernetes import batch, core, meta
+from pulumi_kubernetes import core, meta
 
 from infra.datasets import Datasets
 from infra.settings import Environment, Stress
 from infra.storage import REPORTS
 from workloads.engine import ROUTER_LABELS
-from workloads.jobs import ANNOTATIONS, ROLE_WAIT_SECONDS, failure_policy, inputs_hash
+from workloads.jobs import ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
 from workloads.placement import apps_node_selector
-from workloads.pods import IDENTITY_LABEL, config, container_security, mount, pod_security, resources, scratch
+from workloads.pods import config, container_security, mount, resources, scratch
 from workloads.policies import egress_https, egress_to, network_policy
 from workloads.router import PORT, inside_url
 
@@ -27,7 +27,7 @@ SETUP_SECONDS = 1800  # a node of the apps pool, the image on it, the datasets; 
 
 # What the containers may write to, on a read-only root; HOME and XDG_CACHE_HOME (matplotlib's font list) are /cache.
 _SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
-_ENVIRONMENT = {"HOME": "/cache", "TMPDIR": "/tmp"}
+_ENVIRONMENT = variables({"HOME": "/cache", "TMPDIR": "/tmp"})
 
 
 @dataclass(frozen=True)
@@ -87,30 +87,21 @@ class StressTest(pulumi.ComponentResource):
             resource_name=f"{name}-network",
             opts=child,
         )
-        job = batch.v1.Job(
+        started = job(
             title,
-            metadata=meta.v1.ObjectMetaArgs(
-                name=title, namespace=args.namespace, labels=LABELS, annotations=ANNOTATIONS
-            ),
-            spec=batch.v1.JobSpecArgs(
-                backoff_limit=0,  # another try would be another load, and nobody asked for it
-                active_deadline_seconds=deadline_seconds(env.stress),
-                pod_failure_policy=failure_policy(),
-                pod_replacement_policy="Failed",  # the only one beside a failure policy
-                template=core.v1.PodTemplateSpecArgs(
-                    metadata=meta.v1.ObjectMetaArgs(
-                        labels={**LABELS, **IDENTITY_LABEL},
-                        # Moved to another node, it would begin anew.
-                        annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
-                    ),
-                    spec=_pod(args, specs.metadata.name, key.metadata.name, self.report),
-                ),
-            ),
+            args.namespace,
+            _pod(args, specs.metadata.name, key.metadata.name, self.report),
+            labels=LABELS,
+            retries=0,  # another try would be another load, and nobody asked for it
+            deadline_seconds=deadline_seconds(env.stress),
+            resource_name=title,
+            # Moved to another node, it would begin anew.
+            annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
             # Its resource has the Job's name: what is ignored here is that of this run, never that of the one before.
             opts=pulumi.ResourceOptions(parent=self, ignore_changes=["spec"]),
         )
-        self.job_name = job.metadata.name
-        self.follow = pulumi.Output.format("kubectl -n {0} logs -f job/{1}", args.namespace, job.metadata.name)
+        self.job_name = started.metadata.name
+        self.follow = pulumi.Output.format("kubectl -n {0} logs -f job/{1}", args.namespace, self.job_name)
         self.register_outputs({"job_name": self.job_name, "report": self.report})
 
 
@@ -129,16 +120,12 @@ def _pod(
     args: StressTestArgs, specs: pulumi.Input[str], key: pulumi.Input[str], report: pulumi.Output[str]
 ) -> core.v1.PodSpecArgs:
     addresses = {args.datasets.digests[adapter]: args.datasets.blobs[adapter] for adapter in args.env.adapters}
-    return core.v1.PodSpecArgs(
-        restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
-        service_account_name=args.service_account,
-        automount_service_account_token=False,
-        enable_service_links=False,
-        security_context=pod_security(),
+    return job_pod(
+        args.service_account,
+        [_load(args, key, report)],
+        [scratch("work"), scratch("cache"), scratch("tmp"), config("specs", specs)],
         node_selector=apps_node_selector(),
         init_containers=[_fetch(args, digest, address) for digest, address in sorted(addresses.items())],
-        containers=[_load(args, key, report)],
-        volumes=[scratch("work"), scratch("cache"), scratch("tmp"), config("specs", specs)],
     )
 
 
@@ -150,7 +137,7 @@ def _fetch(args: StressTestArgs, digest: str, address: pulumi.Input[str]) -> cor
             *("python", "-m", "blobs", "fetch", address, f"{DATASETS}/{digest[:12]}.jsonl"),
             *("--sha256", digest, "--wait-seconds", str(ROLE_WAIT_SECONDS)),
         ],
-        env=_environment(),
+        env=_ENVIRONMENT,
         resources=resources(cpu="250m", cpu_limit="1", memory="512Mi", storage="1Gi"),
         security_context=container_security(),
         volume_mounts=_SCRATCH,
@@ -167,13 +154,9 @@ def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[st
             *("--settings", f"{SPECS}/stress.json", "--dataset", DATASETS, "--out", OUT),
             *("--wait-seconds", str(args.env.stress.wait_seconds), "--push", report),
         ],
-        env=[*_environment(), core.v1.EnvVarArgs(name="DRYDOCK_API_KEY", value_from=from_secret)],
+        env=[*_ENVIRONMENT, core.v1.EnvVarArgs(name="DRYDOCK_API_KEY", value_from=from_secret)],
         # One Python process: more than one core is of no use to it, two for what the report draws.
         resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="4Gi"),
         security_context=container_security(),
         volume_mounts=[*_SCRATCH, mount("specs", SPECS, read_only=True)],
     )
-
-
-def _environment() -> list[core.v1.EnvVarArgs]:
-    return [core.v1.EnvVarArgs(name=name, value=value) for name, value in _ENVIRONMENT.items()]

@@ -1,29 +1,23 @@
-"""The tuning Job of one adapter: fetch, tune, evaluate and publish in one pod on one GPU."""
+"""The tuning Job of one adapter: fetch, tune, evaluate and publish in one pod, on one GPU or on several of a node."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import pulumi
-from pulumi_kubernetes import batch, core, meta
+from pulumi_kubernetes import core, meta
 
+from infra.fit import tuning_load
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings, TuningSpec
-from workloads.jobs import ANNOTATIONS, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, failure_policy, inputs_hash
+from workloads.jobs import REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
 from workloads.metrics import scraped
 from workloads.mirror import BASE_WAIT_SECONDS
 from workloads.placement import gpu_node_selector, gpu_share, gpu_tolerations
-from workloads.pods import (
-    IDENTITY_LABEL,
-    config,
-    container_security,
-    mount,
-    pod_security,
-    resources,
-    scratch,
-    shared_memory,
-)
+from workloads.pods import config, container_security, mount, resources, scratch, shared_memory
 from workloads.policies import egress_https, ingress_scrape, network_policy
 
 ADAPTER_LABEL = "drydock/adapter"
@@ -44,12 +38,14 @@ TEMPLATE_TOKENS = 64  # the chat template's, and the end of the turn
 
 # What all containers of the pod may write to, on a read-only root.
 _SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
-_ENVIRONMENT = {
-    "HOME": "/cache",
-    "TMPDIR": "/tmp",
-    "DRYDOCK_CACHE": "/cache",
-    "HF_HUB_OFFLINE": "1",  # the base model comes from Blob: a mistyped path must fail, not be looked up on a hub
-}
+_ENVIRONMENT = variables(
+    {
+        "HOME": "/cache",
+        "TMPDIR": "/tmp",
+        "DRYDOCK_CACHE": "/cache",
+        "HF_HUB_OFFLINE": "1",  # the base model comes from Blob: a mistyped path must fail, not be looked up on a hub
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +80,11 @@ class TuningJob(pulumi.ComponentResource):
 
     Inputs that decide the adapter are in its name: changed ones make another Job, and the one before is deleted,
     running or not, since nobody wants its result any more (what it published stays published). Other changes of its
-    pod, such as the pool or the node's size, make the Job anew under its name: its new pod goes on from the checkpoints
-    of that name. Retries and deadline change in place. A finished Job stays, as the record of its verdict: no TTL,
-    which would delete behind Pulumi's back what Pulumi then makes again. The deadline counts from the Job's start, the
-    wait for a GPU included. To run a failed one again: `pulumi up --target-replace URN`.
+    pod, such as the pool, the number of GPUs or the gate, make the Job anew under its name: its new pod goes on from
+    the checkpoints of that name. Retries and deadline change in place, and so does how often it logs and saves, which
+    its next pod reads. A finished Job stays, as the record of its verdict: no TTL, which would delete behind Pulumi's
+    back what Pulumi then makes again. The deadline counts from the Job's start, the wait for a GPU included. To run a
+    failed one again: `pulumi up --target-replace URN`.
     """
 
     job_name: pulumi.Output[str]
@@ -96,7 +93,8 @@ class TuningJob(pulumi.ComponentResource):
         super().__init__("drydock:workloads:TuningJob", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
         labels = {"app": "tune", ADAPTER_LABEL: args.adapter}
-        spec = tuning_spec(args.adapter, args.settings, args.base)
+        load = tuning_load(args.settings, args.base.figures, args.pool.sizes, gpus=args.tuning.gpus)
+        spec = tuning_spec(args.adapter, args.settings, args.base, load.gradient_checkpointing)
         evaluation = pulumi.Output.from_input(args.store).apply(
             lambda store: evaluation_spec(spec, args.base, args.serving, store=store).model_dump_json(indent=2)
         )
@@ -107,7 +105,6 @@ class TuningJob(pulumi.ComponentResource):
                 name=evaluation.apply(lambda text: _config_name(spec, text)), namespace=args.namespace
             ),
             data={"tuning.json": spec.model_dump_json(indent=2), "evaluate.json": evaluation},
-            immutable=True,
             opts=child,
         )
         network_policy(
@@ -119,44 +116,34 @@ class TuningJob(pulumi.ComponentResource):
             resource_name=f"{name}-network",
             opts=child,
         )
-        job = batch.v1.Job(
+        started = job(
             title,
-            metadata=meta.v1.ObjectMetaArgs(
-                name=title, namespace=args.namespace, labels=labels, annotations=ANNOTATIONS
-            ),
-            spec=batch.v1.JobSpecArgs(
-                backoff_limit=args.tuning.retries,
-                active_deadline_seconds=round(args.tuning.deadline_hours * 3600),
-                pod_failure_policy=failure_policy(),
-                # Not before the old pod has ended: two would write the same checkpoints.
-                pod_replacement_policy="Failed",
-                template=core.v1.PodTemplateSpecArgs(
-                    metadata=meta.v1.ObjectMetaArgs(
-                        labels={**labels, **IDENTITY_LABEL},
-                        annotations={
-                            **scraped(METRICS),
-                            # No node is taken away from under a training to save its cost (autoscaler, Karpenter).
-                            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
-                            "karpenter.sh/do-not-disrupt": "true",
-                        },
-                    ),
-                    spec=_pod(args, title, specs.metadata.name),
-                ),
-            ),
+            args.namespace,
+            _pod(args, title, specs.metadata.name),
+            labels=labels,
+            retries=args.tuning.retries,
+            deadline_seconds=round(args.tuning.deadline_hours * 3600),
+            resource_name=title,
+            annotations={
+                **scraped(METRICS),
+                # No node is taken away from under a training to save its cost (autoscaler, Karpenter).
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                "karpenter.sh/do-not-disrupt": "true",
+            },
             # New serving code must not tune again: a Job keeps the image with which it is to evaluate. Its resource has
             # the Job's name, or the Job that comes after it would keep that image too.
             opts=pulumi.ResourceOptions(
                 parent=self, replace_on_changes=REPLACE_ON_CHANGES, ignore_changes=[EVALUATION_IMAGE]
             ),
         )
-        self.job_name = job.metadata.name
+        self.job_name = started.metadata.name
         self.register_outputs({"job_name": self.job_name})
 
 
-def tuning_spec(adapter: str, settings: TuningSettings, base: Base) -> TuningSpec:
-    """The settings with the places that base and dataset have in the pod."""
-    values = settings.model_dump() | {"adapter": adapter, "base_model": _base_folder(base), "dataset": DATASET}
-    return TuningSpec(**values)
+def tuning_spec(adapter: str, settings: TuningSettings, base: Base, gradient_checkpointing: bool) -> TuningSpec:
+    """The settings with the places that base and dataset have in the pod, and with what was decided for its GPUs."""
+    decided = {"adapter": adapter, "base_model": _base_folder(base), "dataset": DATASET}
+    return TuningSpec(**settings.model_dump() | decided | {"gradient_checkpointing": gradient_checkpointing})
 
 
 def evaluation_spec(spec: TuningSpec, base: Base, serving: EngineSettings, *, store: str) -> ServingSpec:
@@ -173,11 +160,11 @@ def evaluation_spec(spec: TuningSpec, base: Base, serving: EngineSettings, *, st
 
 
 def job_name(spec: TuningSpec, *, dataset_digest: str, base: Base, code: str) -> str:
-    """`tune-my-adapter-1a2b3c4d5e`: the same name for the same result. Where it runs and how often is not in it.
+    """`tune-my-adapter-1a2b3c4d5e`: the same name for the same weights. Where it runs and its gate are not in it.
 
     `code` stands for the training code and its libraries.
     """
-    inputs = (spec.model_dump_json(), dataset_digest, base.model, base.revision, code)
+    inputs = (_text(spec.result_settings()), dataset_digest, base.model, base.revision, code)
     return _named(spec.adapter, inputs_hash(*inputs, length=HASH_LENGTH))
 
 
@@ -187,7 +174,13 @@ def _named(adapter: str, mark: str) -> str:
 
 
 def _config_name(spec: TuningSpec, evaluation: str) -> str:
-    return _named(spec.adapter, inputs_hash(spec.model_dump_json(), evaluation, length=HASH_LENGTH))
+    """Another one, and with it another pod, for what a running pod would have to know; see `TuningJob`."""
+    known = spec.result_settings() | spec.model_dump(mode="json", include={"gate", "gradient_checkpointing"})
+    return _named(spec.adapter, inputs_hash(_text(known), evaluation, length=HASH_LENGTH))
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def _base_folder(base: Base) -> str:
@@ -195,16 +188,32 @@ def _base_folder(base: Base) -> str:
 
 
 def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.PodSpecArgs:
-    return core.v1.PodSpecArgs(
-        restart_policy="Never",  # the failure policy looks at failed pods, not at restarted containers
-        service_account_name=args.service_account,
-        automount_service_account_token=False,
-        enable_service_links=False,
-        security_context=pod_security(),
+    return job_pod(
+        args.service_account,
+        [
+            _on_gpu(
+                args,
+                "evaluate",
+                args.serving_image,
+                [
+                    *("python", "-m", "serving", "evaluate", "--spec", f"{SPECS}/evaluate.json", "--run", RUN),
+                    "--store",
+                    args.store,
+                ],
+            )
+        ],
+        [
+            scratch("work"),
+            scratch("cache"),
+            scratch("tmp"),
+            # For each GPU what torch's and vLLM's processes, and those of NCCL, pass to each other.
+            shared_memory(f"{2 * args.tuning.gpus}Gi"),
+            config("specs", specs),
+        ],
         node_selector=gpu_node_selector(args.tuning.pool),
         tolerations=gpu_tolerations(args.pool),
-        termination_grace_period_seconds=GRACE_SECONDS,
-        # One after the other, so that they share one GPU and the weights on the disk.
+        grace_seconds=GRACE_SECONDS,
+        # One after the other, so that they share the GPUs and the weights on the disk.
         init_containers=[
             _fetch(
                 args,
@@ -229,28 +238,11 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
                     "--checkpoints",
                     pulumi.Output.concat("az://", args.account, "/checkpoints/", title),
                     *("--metrics-address", f"0.0.0.0:{METRICS}"),
+                    *(("--processes", str(args.tuning.gpus)) if args.tuning.gpus > 1 else ()),
                 ],
+                gpus=args.tuning.gpus,
                 ports=[core.v1.ContainerPortArgs(name="metrics", container_port=METRICS)],
             ),
-        ],
-        containers=[
-            _on_gpu(
-                args,
-                "evaluate",
-                args.serving_image,
-                [
-                    *("python", "-m", "serving", "evaluate", "--spec", f"{SPECS}/evaluate.json", "--run", RUN),
-                    "--store",
-                    args.store,
-                ],
-            )
-        ],
-        volumes=[
-            scratch("work"),
-            scratch("cache"),
-            scratch("tmp"),
-            shared_memory("2Gi"),  # one GPU: only what torch's and vLLM's processes pass to each other
-            config("specs", specs),
         ],
     )
 
@@ -262,7 +254,7 @@ def _fetch(
         name=name,
         image=args.training_image,
         command=["python", "-m", "blobs", "fetch", source, target, *options],
-        env=_environment(),
+        env=_ENVIRONMENT,
         # The files lie in a volume, which counts against the disk of the whole pod: that of the containers below.
         resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="1Gi"),
         security_context=container_security(),
@@ -275,21 +267,18 @@ def _on_gpu(
     name: str,
     image: pulumi.Input[str],
     command: list[pulumi.Input[str]],
+    gpus: int = 1,
     ports: list[core.v1.ContainerPortArgs] | None = None,
 ) -> core.v1.ContainerArgs:
-    """A container with all of one GPU's share of the node; of those that run in turn, the pod asks for the most."""
-    share = gpu_share(args.pool)
+    """A container with the share of the node that `gpus` have; of those that run in turn, the pod asks for the most."""
+    share = gpu_share(args.pool, gpus)
     return core.v1.ContainerArgs(
         name=name,
         image=image,
         command=command,
-        env=_environment(),
+        env=_ENVIRONMENT,
         ports=ports,
-        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=1),
+        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=gpus),
         security_context=container_security(),
         volume_mounts=[*_SCRATCH, mount("shm", "/dev/shm"), mount("specs", SPECS, read_only=True)],
     )
-
-
-def _environment() -> list[core.v1.EnvVarArgs]:
-    return [core.v1.EnvVarArgs(name=name, value=value) for name, value in _ENVIRONMENT.items()]

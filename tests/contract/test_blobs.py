@@ -21,6 +21,7 @@ from common.processes import Processes
 from localcloud.azurite import ACCOUNT, AZURITE, KEY, start
 from tests.contract.conftest import BASE, ROOT, wait_until
 from tests.unit.blob_fakes import FakeHub
+from tests.unit.flaky_proxy import FlakyProxy
 
 pytestmark = pytest.mark.skipif(not AZURITE.exists(), reason="needs npm: make azurite")
 
@@ -94,6 +95,31 @@ def test_a_file_in_blocks_and_ranges_comes_back_and_a_missing_container_is_told(
     assert f"account {ACCOUNT} has no container nowhere" in lost.stderr
 
 
+def test_a_dataset_is_checked_where_it_lies(azurite: BlobServiceClient, work: Path, tmp_path: Path) -> None:
+    address = f"az://{ACCOUNT}/datasets/of-a-person/rows.jsonl"
+    azurite.get_blob_client("datasets", "of-a-person/rows.jsonl").upload_blob((work / "rows.jsonl").read_bytes())
+    proxy = FlakyProxy(azurite.url.rstrip("/"))
+    proxy.fault = lambda number, method, path: "cut" if method == "GET" and number < 3 else None
+
+    def check(source: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "training", "check", source]
+        ours = environment(azurite) | {"DRYDOCK_CACHE": str(tmp_path)} | more
+        return subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, timeout=60)
+
+    try:
+        found = check(address, DRYDOCK_BLOB_ENDPOINT=proxy.url)
+    finally:
+        proxy.close()
+    assert found.returncode == 0, found.stderr
+    assert f"{address}: 600 good rows, no problems" in found.stdout
+    assert "cut GET" in proxy.faults
+    assert "its metadata has no sha256 and none was given, so it is taken unverified" in found.stderr
+    lost = check(f"az://{ACCOUNT}/datasets/none.jsonl")
+    assert (lost.returncode, lost.stderr.splitlines()[-1]) == (
+        exits.INPUT, f"az://{ACCOUNT}/datasets/none.jsonl: no such blob: look at the address",
+    )  # fmt: skip
+
+
 def test_a_run_that_lost_its_node_goes_on_from_blob_to_the_very_same_adapter(
     azurite: BlobServiceClient, work: Path, tmp_path: Path
 ) -> None:
@@ -123,7 +149,7 @@ def test_a_run_that_lost_its_node_goes_on_from_blob_to_the_very_same_adapter(
         before = max(copied(), default=0)
         node = tmp_path / f"node-{number}"
         process = start(node, *remote)
-        wait_until(lambda seen=before: max(copied(), default=0) > seen or process.poll() is not None, 60, "a copy")  # noqa: B023
+        wait_until(lambda seen=before: max(copied(), default=0) > seen or process.poll() is not None, 150, "a copy")  # noqa: B023
         process.send_signal(end)
         assert process.wait(30) == (-signal.SIGKILL if end == signal.SIGKILL else exits.TERMINATED), f"{node.name}"
         if end == signal.SIGTERM:
@@ -133,8 +159,8 @@ def test_a_run_that_lost_its_node_goes_on_from_blob_to_the_very_same_adapter(
     assert len(copied()) == 2
     at = copied()[-1]
     last = start(tmp_path / "node-3", *remote)
-    assert last.wait(60) == 0, (tmp_path / "node-3.log").read_text()
-    assert whole.wait(60) == 0, (tmp_path / "whole.log").read_text()
+    assert last.wait(150) == 0, (tmp_path / "node-3.log").read_text()
+    assert whole.wait(150) == 0, (tmp_path / "whole.log").read_text()
     total = read_json(tmp_path / "whole" / "tuning.json")["steps"]
     assert 0 < at < total
     assert f"resuming at step {at} of {total}" in (tmp_path / "node-3.log").read_text()

@@ -252,6 +252,14 @@ TRICKS = {
     "upgrade to a websocket": request("GET", "/v1/realtime", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
     "headers too large": request("POST", "/v1/completions", "X-Large: " + "x" * 20_000),
     "target too large": request("POST", "/v1/completions?" + "x" * 20_000),
+    "a deployment's other routes": request("POST", "/openai/deployments/a/embeddings", body="{}"),
+    "a deployment without a name": request("POST", "/openai/deployments//completions", body="{}"),
+    "dots for a deployment": request("POST", "/openai/deployments/../completions", body="{}"),
+    "dots after a deployment": request("POST", "/openai/deployments/a/../../../add_worker", body="{}"),
+    "an encoded slash in a deployment": request("POST", "/openai/deployments/a%2fb/completions", body="{}"),
+    "a line end in a deployment": request("POST", "/openai/deployments/a%0d%0ab/completions", body="{}"),
+    "the rest of OpenAI's below Azure's": request("POST", "/openai/v1/responses", body="{}"),
+    "GET of a deployment": request("GET", "/openai/deployments/a/completions"),
     "two lengths": request("POST", "/v1/completions", "Content-Length: 3", "Content-Length: 4") + b"{} x",
     "negative length": request("POST", "/v1/completions", "Content-Length: -1"),
     "a space in a header's name": request("POST", "/v1/completions", "Content-Length : 3") + b"{} ",
@@ -304,6 +312,30 @@ def test_what_is_served_arrives_as_it_was_sent(front: Front, route: tuple[str, s
     [(heard_method, heard_path, headers, body)] = front.router.heard.requests
     assert (heard_method, heard_path, body) == (method, path, content or b"")
     assert sent.items() <= headers.items()
+
+
+AZURE = {
+    ("POST", "/openai/deployments/my-7B.v2/chat/completions?api-version=2024-10-21"): (
+        "/v1/chat/completions",
+        "my-7B.v2",
+    ),
+    ("POST", "/openai/deployments/kubectl/completions?api-version=2024-10-21"): ("/v1/completions", "kubectl"),
+    ("POST", "/openai/v1/chat/completions?api-version=preview"): ("/v1/chat/completions", None),
+    ("POST", "/openai/v1/completions"): ("/v1/completions", None),
+    ("GET", "/openai/v1/models"): ("/v1/models", None),
+    ("GET", "/openai/models?api-version=2024-10-21"): ("/v1/models", None),
+}
+
+
+@pytest.mark.parametrize("asked", AZURE, ids=lambda asked: " ".join(asked))
+def test_azures_paths_arrive_as_openais(front: Front, asked: tuple[str, str]) -> None:
+    path, deployment = AZURE[asked]
+    forged = {"x-drydock-deployment": "forged", "api-key": "key-b"}
+    assert httpx.request(asked[0], front.url + asked[1], headers=forged, timeout=10).json() == {"answered": path}
+    [(method, heard_path, headers, _)] = front.router.heard.requests
+    assert (method, heard_path) == (asked[0], path)
+    assert headers.get("x-drydock-deployment") == deployment
+    assert headers["api-key"] == "key-b"
 
 
 def test_what_a_client_says_of_itself_and_of_other_protocols_stays_outside(front: Front) -> None:

@@ -10,8 +10,10 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -108,6 +110,37 @@ def test_streams_pass_through_the_request_layer_whole(promoted: str, good_run: P
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     assert text == replica.chat("kubectl", question(good_run)).json()["choices"][0]["message"]["content"]
     assert len(chunks) > 3
+
+
+def clients(replica: Replica) -> dict[str, openai.OpenAI]:
+    """Strangers' clients, after one change: the endpoint."""
+    azure = openai.AzureOpenAI(azure_endpoint=replica.url, api_key="any", api_version="2024-10-21", max_retries=0)
+    newer = openai.OpenAI(base_url=f"{replica.url}/openai/v1/", api_key="any", max_retries=0)
+    return {"openai": openai.OpenAI(base_url=f"{replica.url}/v1", api_key="any"), "azure": azure, "azure v1": newer}
+
+
+@pytest.mark.parametrize("kind", ["openai", "azure", "azure v1"])
+def test_clients_written_for_openai_and_azure_openai_work(
+    promoted: str, good_run: Path, replica: Replica, kind: str
+) -> None:
+    client, wanted = clients(replica)[kind], replica.chat("kubectl", question(good_run)).json()
+    asked: Any = {
+        "model": "kubectl", "messages": [{"role": "user", "content": question(good_run)}], "temperature": 0,
+        "max_tokens": 48,
+    }  # fmt: skip
+    answer = client.chat.completions.create(**asked, logprobs=True)
+    assert answer.choices[0].message.content == wanted["choices"][0]["message"]["content"]
+    assert answer.model == f"kubectl.{version(promoted)}"
+    assert answer.choices[0].logprobs and answer.choices[0].logprobs.content
+    parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert len(parts) > 3 and "".join(parts) == answer.choices[0].message.content
+    assert client.completions.create(model="kubectl", prompt="a", max_tokens=2).choices[0].text
+    assert [model.id for model in client.models.list()] == ["base", "kubectl"]
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(**asked | {"model": "gpt-4"})
+    assert refused.value.code == ("DeploymentNotFound" if kind == "azure" else "model_not_found")
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**asked | {"max_tokens": 100_000})
 
 
 def test_plain_peft_computes_what_vllm_serves(promoted: str, good_run: Path) -> None:

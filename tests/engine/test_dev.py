@@ -85,6 +85,12 @@ def test_another_learning_rate_is_one_new_job(dev: Up) -> None:
     assert others(plan) == {"ConfigMap tune-kubectl-specs": REPLACED}
 
 
+def test_how_often_it_logs_is_a_setting_of_the_job_that_is_there(dev: Up) -> None:
+    with edited(dev.stack, SETTINGS, "lora_dropout: 0.05", "lora_dropout: 0.05\n      logging_steps: 1"):
+        plan = preview(dev.stack)
+    assert plan.changes == {"ConfigMap tune-kubectl-specs": {"update"}}
+
+
 def test_a_byte_of_the_dataset_is_an_upload_and_its_adapters_job(dev: Up) -> None:
     row = '{"instruction": "one more", "input": "", "output": "row"}\n'
     data = "rehearsal/data/kubectl.jsonl"

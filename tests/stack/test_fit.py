@@ -1,5 +1,6 @@
 """The estimates against published figures and against what autograd really keeps; remedies that hold; the command."""
 
+import gc
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ from common import exits
 from infra.catalog import MODELS, SKUS, Architecture, sku
 from infra.fit import (
     GIB,
+    NF4_BITS,
     Fit,
     ServingLoad,
     TuningLoad,
@@ -26,9 +28,11 @@ from infra.fit import (
     serving_fit,
     smallest_sku,
     tuning_fit,
+    tuning_load,
 )
 from serving.engine import vllm_command
 from serving.spec import ServingSpec
+from training.spec import TuningSettings
 
 A100 = sku("Standard_NC24ads_A100_v4")
 T4 = sku("Standard_NC4as_T4_v3")
@@ -108,6 +112,65 @@ def test_tuning_peak_is_that_of_pefts_comparison(rank, modules, published_bytes)
     assert theirs == pytest.approx(published_bytes, rel=0.1)
 
 
+def llama2(hidden: int, inner: int, layers: int, heads: int, key_value_heads: int) -> Architecture:
+    return Architecture(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "published_gb"),
+    [
+        (llama2(4096, 11008, 32, 32, 32), 4.26),  # 7B
+        (llama2(5120, 13824, 40, 40, 40), 7.72),  # 13B
+        (llama2(8192, 22016, 48, 64, 8), 18.95),  # CodeLlama 34B
+        (llama2(8192, 28672, 80, 64, 8), 37.21),  # 70B
+    ],
+)
+def test_weights_in_4_bits_are_those_of_litgpt(model, published_gb):
+    """LitGPT's tutorials/resource-tables.md: peak of inference with bnb.nf4-dq, one A100, some hundred tokens of cache."""
+    fit = tuning_fit(model, A100, replace(TUNING, load_in_4bit=True))
+    ours = (gib(fit, "base weights") + gib(fit, "a layer's weights, copied")) * GIB / 1e9
+    assert 0.2 < published_gb - ours < 0.5  # the cache, and what lies around
+
+
+@pytest.mark.parametrize(
+    ("model", "vram_gib", "tokens"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 12, 932),
+        ("meta-llama/Llama-3.1-8B-Instruct", 24, 5_789),
+        ("meta-llama/Llama-3.1-8B-Instruct", 48, 15_502),
+        ("meta-llama/Llama-3.1-8B-Instruct", 80, 28_454),
+        ("meta-llama/Llama-3.3-70B-Instruct", 80, 6_916),
+    ],
+)
+def test_qlora_with_checkpointing_reaches_the_published_contexts(model, vram_gib, tokens):
+    """Unsloth's README, "Hugging Face + FA2": the longest row by GPU, batch 1, rank 32 on all linear layers.
+
+    Theirs goes through prepare_model_for_kbit_training, which ours leaves out: embeddings, output layer and what lies
+    between two layers are in fp32 there, and so is one more copy of the logits.
+    """
+    model = MODELS[model]
+    load = TuningLoad(1, tokens, 32, ALL_LINEAR, lora_dropout=0, gradient_checkpointing=True, load_in_4bit=True)
+    wider = 2 * 2 * model.vocab_size * model.hidden_size
+    wider += tokens * (2 * model.num_hidden_layers * model.hidden_size + 4 * model.vocab_size)
+    assert tuning_fit(model, A100, load).total_gib + wider / GIB == pytest.approx(vram_gib, rel=0.03)
+
+
+def test_qlora_tunes_65b_on_a_gpu_of_48_gb():
+    """Dettmers et al. 2023: LLaMA 65B, rank 64 on all linear layers, rows of 512; AdamW's two moments are paged out."""
+    load = TuningLoad(1, 512, 64, ALL_LINEAR, gradient_checkpointing=True, load_in_4bit=True)
+    fit = tuning_fit(llama2(8192, 22016, 80, 64, 64), A100, load)
+    held = fit.total_gib - gib(fit, "adapter, gradients, AdamW") * 8 / 18
+    assert 0.9 * 48e9 < held * GIB < 48e9
+
+
 # --- what the code really does -------------------------------------------------------------------------------------
 
 TINY = {
@@ -149,6 +212,23 @@ def test_activations_are_what_a_pass_of_tune_keeps(family, rows, on, dropout):
     assert kept[1] + 3 * masks == pytest.approx(measured[1], rel=0.1)
 
 
+@pytest.mark.parametrize(("vocabulary", "on"), [(4096, A100), (64, A100), (64, T4)])
+def test_with_checkpointing_the_peak_is_at_the_logits_or_at_a_layer_computed_again(vocabulary, on):
+    one, three = (Architecture(num_hidden_layers=n, **{**TINY, "vocab_size": vocabulary}) for n in (1, 3))
+    load = TuningLoad(2, 96, 16, ALL_LINEAR, lora_dropout=0, gradient_checkpointing=True)
+    for model in (one, three):
+        fit = tuning_fit(model, on, load)
+        adapter = gib(fit, "adapter, gradients, AdamW") / (18 if on.gpu.bf16 else 16)
+        peak = _peak_bytes(model, load, on.gpu.bf16) / GIB
+        if vocabulary == 4096:
+            expected = gib(fit, "activations") + gib(fit, "logits")
+        else:
+            # In the first layer, the last to be computed again, all gradients are there, and no other layer's input.
+            again = gib(fit, "a layer, computed again")
+            expected = gib(fit, "activations") / model.num_hidden_layers + again + 4 * adapter
+        assert peak == pytest.approx(expected, rel=0.06)
+
+
 def _peak_bytes(model: Architecture, load: TuningLoad, bf16: bool) -> int:
     """The most that torch has allocated at once during forward and backward of `training.tune`, beyond the weights."""
     import torch
@@ -156,8 +236,9 @@ def _peak_bytes(model: Architecture, load: TuningLoad, bf16: bool) -> int:
     from peft import LoraConfig, get_peft_model
 
     from training.encode import Example
+    from training.fused import fuse
+    from training.model import own_precision
     from training.packing import ATTENTION, summed_loss
-    from training.tune import own_precision
 
     settings = {**model.model_dump(exclude_none=True), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = transformers.AutoConfig.for_model(**settings)
@@ -169,8 +250,15 @@ def _peak_bytes(model: Architecture, load: TuningLoad, bf16: bool) -> int:
         target_modules=list(load.target_modules),
         lora_dropout=load.lora_dropout,
     )
+    if load.load_in_4bit:
+        _quantise(base)
     tuned = get_peft_model(base, adapter).train()
+    fuse(tuned)
+    if load.gradient_checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = [Example(line, (5,) * load.max_seq_length, 2) for line in range(load.batch_rows)]
+    torch.set_num_threads(1)  # so little to compute that threads only wait for each other
+    gc.collect()  # a model of before, freed in the midst of it, would count as memory given back
     activities = [torch.profiler.ProfilerActivity.CPU]
     with own_precision(tuned), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         summed_loss(tuned, batch, torch.device("cpu")).backward()  # type: ignore[no-untyped-call]
@@ -180,6 +268,40 @@ def _peak_bytes(model: Architecture, load: TuningLoad, bf16: bool) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+WITHOUT_BITS = "needs bitsandbytes, of the training group"
+
+
+def _quantise(base: Any) -> None:
+    """As transformers loads a base with `load_in_4bit`: all linear layers but the output layer."""
+    from torch.nn import Linear
+
+    nn = pytest.importorskip("bitsandbytes", reason=WITHOUT_BITS).nn
+    for name, module in list(base.model.named_modules()):
+        if isinstance(module, Linear):
+            small = nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=module.weight.dtype
+            )
+            small.weight = nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+            base.model.set_submodule(name, small)
+    base.is_loaded_in_4bit = True
+
+
+def test_in_4_bits_a_pass_keeps_what_it_keeps_of_a_whole_base():
+    model = Architecture(num_hidden_layers=3, **TINY)
+    load = TuningLoad(2, 96, 16, ALL_LINEAR, lora_dropout=0)
+    whole, small = (_peak_bytes(model, replace(load, load_in_4bit=on), True) for on in (False, True))
+    assert small == pytest.approx(whole, rel=0.03)
+
+
+def test_a_parameter_in_4_bits_has_the_bits_that_bitsandbytes_gives_it():
+    functional = pytest.importorskip("bitsandbytes", reason=WITHOUT_BITS).functional
+    import torch
+
+    packed, state = functional.quantize_4bit(torch.randn(1024, 1024), quant_type="nf4", compress_statistics=True)
+    kept = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert 8 * kept / 1024**2 == NF4_BITS
 
 
 def test_lora_slots_are_those_of_the_engine():
@@ -230,13 +352,40 @@ def test_precision_widens_what_it_should():
     assert gib(tuning_fit(LLAMA_8B, T4, TUNING), "base weights") == 2 * gib(half, "weights")
 
 
-def test_checkpointing_keeps_one_layer_and_the_borders_of_the_others():
-    plain, thrifty = (
-        gib(tuning_fit(LLAMA_8B, A100, replace(TUNING, gradient_checkpointing=on)), "activations")
-        for on in (False, True)
-    )
-    borders = 4096 * 32 * 4096 * 2 / GIB
-    assert thrifty == pytest.approx(plain / 32 + borders)
+def test_checkpointing_keeps_the_input_of_each_layer():
+    thrifty = tuning_fit(LLAMA_8B, A100, replace(TUNING, gradient_checkpointing=True))
+    assert gib(thrifty, "activations") * GIB == 4096 * 32 * 4096 * 2
+    assert gib(thrifty, "logits") == gib(tuning_fit(LLAMA_8B, A100, TUNING), "logits")
+
+
+def test_in_4_bits_embeddings_and_output_layer_stay_as_they_are():
+    whole, small = (tuning_fit(LLAMA_8B, A100, replace(TUNING, load_in_4bit=on)) for on in (False, True))
+    linear = 32 * sum(inputs * outputs for inputs, outputs in LLAMA_8B.linear_layers.values())
+    saved = (gib(whole, "base weights") - gib(small, "base weights")) * GIB
+    assert saved == pytest.approx(linear * (2 - 0.5 - 0.127 / 8), rel=1e-4)
+    assert gib(small, "a layer's weights, copied") * GIB == 4096 * 14336 * 2
+
+
+def test_gpus_that_tune_together_need_room_to_talk():
+    one, eight = (tuning_fit(LLAMA_8B, A100, replace(TUNING, gpus=gpus)) for gpus in (1, 8))
+    assert eight.total_gib - one.total_gib == pytest.approx(0.5)
+
+
+A10 = "Standard_NV36ads_A10_v5"
+
+
+def test_checkpointing_is_on_only_where_a_size_of_the_pool_needs_it():
+    settings = TuningSettings(dataset="d", per_device_train_batch_size=2, max_seq_length=512)
+
+    def decided(*sizes: str, wish: bool | None = None) -> bool:
+        wished = settings.model_copy(update={"gradient_checkpointing": wish})
+        return tuning_load(wished, LLAMA_8B, sizes).gradient_checkpointing
+
+    assert not decided(A100.name) and decided(A10) and decided(A100.name, A10)
+    assert decided(A100.name, wish=True) and not decided(A10, wish=False)
+    big = settings.model_copy(update={"per_device_train_batch_size": 4, "max_seq_length": 2048})
+    assert not tuning_load(settings, LLAMA_8B, [A100.name]).gradient_checkpointing
+    assert tuning_load(big, LLAMA_8B, [A100.name]).gradient_checkpointing
 
 
 def test_a_small_gpu_leaves_room_for_the_cuda_context():
@@ -317,14 +466,7 @@ def serve(model: Architecture = LLAMA_8B, size: str = A100.name, **changes: Any)
 
 
 def tune(model: Architecture = LLAMA_8B, size: str = A100.name, **changes: Any) -> list[str]:
-    question: dict[str, Any] = {
-        "batch_rows": 4,
-        "max_seq_length": 1024,
-        "lora_r": 16,
-        "target_modules": ALL_LINEAR,
-        **changes,
-    }
-    return check_tuning("triage", model, size, **question)
+    return check_tuning("triage", TuningSettings(dataset="d", **changes), model, [size])
 
 
 def test_the_seed_pipeline_fits_an_a100():
@@ -344,23 +486,46 @@ def test_serving_that_does_not_fit_is_told_with_numbers_and_remedies():
 
 
 def test_tuning_that_does_not_fit_is_told_with_numbers_and_remedies():
-    (told,) = tune(batch_rows=8)
+    big: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_checkpointing": False}
+    (told,) = tune(**big)
     assert told.startswith("tuning triage on Standard_NC24ads_A100_v4: about 91.0 GiB are needed of the 79.1 GiB of")
     assert ": activations 62.6, base weights 15.0, logits 11.7, " in told
     assert (
-        "what fits: per_device_train_batch_size 6 (with more gradient_accumulation_steps the result is the same)"
-        in told
+        "what fits: gradient_checkpointing: true (a third slower), or per_device_train_batch_size 6 (with more "
+        "gradient_accumulation_steps the result is the same), or max_seq_length 848 at" in told
     )
-    assert tune(batch_rows=6) == [] and tune(batch_rows=7) != []
+    assert tune(**big | {"gradient_checkpointing": True}) == tune(**big | {"gradient_checkpointing": None}) == []
+    assert tune(**big | {"per_device_train_batch_size": 6}) == [] != tune(**big | {"per_device_train_batch_size": 7})
+
+
+def test_a_base_too_large_is_told_to_be_tuned_in_4_bits():
+    (told,) = tune(size="Standard_NV36ads_A10_v5")
+    assert "; gradient checkpointing is counted in; what fits: load_in_4bit: true, or " in told
+    assert tune(size="Standard_NV36ads_A10_v5", load_in_4bit=True) == []
+    large = MODELS["Qwen/Qwen2.5-32B-Instruct"]
+    (told,) = tune(large, gradient_checkpointing=False, max_seq_length=4096)
+    assert "what fits: load_in_4bit: true with gradient_checkpointing: true (a third slower), or " in told
+    assert tune(large, gradient_checkpointing=True, max_seq_length=4096, load_in_4bit=True) == []
+
+
+def test_every_size_of_a_pool_is_checked():
+    settings = TuningSettings(dataset="d", gradient_checkpointing=False)
+    told = check_tuning("triage", settings, LLAMA_8B, [A100.name, A10, T4.name])
+    assert [line.split()[3] for line in told] == [f"{A10}:", f"{T4.name}:"]
+
+
+def test_a_cheaper_size_has_as_many_gpus_as_tune_together():
+    load = replace(TUNING, batch_rows=1, gradient_checkpointing=True, load_in_4bit=True)
+    sizes = [smallest_sku(LLAMA_8B, replace(load, gpus=gpus)) for gpus in (1, 2, 4, 8)]
+    assert [size and size.gpus for size in sizes] == [1, 4, 4, 8]  # one with two T4 there is not
 
 
 def test_where_not_one_row_fits_the_longest_single_row_is_told():
-    (told,) = tune(MODELS["Qwen/Qwen2.5-7B-Instruct"], "Standard_NV36ads_A10_v5")
-    length = int(told.partition("what fits: max_seq_length ")[2].partition(" at per_device_train_batch_size 1,")[0])
+    small: dict[str, Any] = {"model": MODELS["Qwen/Qwen2.5-7B-Instruct"], "size": A10, "gradient_checkpointing": False}
+    (told,) = tune(**small)
+    length = int(told.partition("or max_seq_length ")[2].partition(" at per_device_train_batch_size 1,")[0])
     assert 256 < length < 1024
-    assert (
-        tune(MODELS["Qwen/Qwen2.5-7B-Instruct"], "Standard_NV36ads_A10_v5", batch_rows=1, max_seq_length=length) == []
-    )
+    assert tune(**small, per_device_train_batch_size=1, max_seq_length=length) == []
 
 
 def test_a_model_that_no_gpu_holds():
@@ -413,6 +578,15 @@ def test_command_prints_both_tables(capsys):
     assert told.count("\n  fits") == 2 and "does not fit" not in told
 
 
+def test_command_decides_on_checkpointing_unless_told(capsys):
+    big = [*COMMAND, "--batch", "8"]
+    assert main(big) == exits.OK and "rank 16, gradient checkpointing (estimate)" in capsys.readouterr().out
+    assert main([*big, "--no-gradient-checkpointing"]) == exits.FAILED
+    assert "rank 16 (estimate)" in capsys.readouterr().out
+    assert main([*COMMAND, "--load-in-4bit", "--gradient-checkpointing"]) == exits.OK
+    assert "rank 16, base in 4 bits, gradient checkpointing (estimate)" in capsys.readouterr().out
+
+
 def test_command_tells_what_does_not_fit(capsys):
     assert main([*COMMAND, "--context", "8192", "--adapters", "4", "--batch", "1"]) == exits.FAILED
     told = capsys.readouterr().out
@@ -421,9 +595,11 @@ def test_command_tells_what_does_not_fit(capsys):
 
 def test_command_compares_all_sizes(capsys):
     assert main(["--model", "meta-llama/Llama-3.1-8B-Instruct", "--sku", "all"]) == exits.OK
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    told = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in told.splitlines()[2:]}
     assert set(lines) == set(SKUS)
     assert lines[A100.name].count(" yes") == 2 and lines[T4.name].count(" no") == 2
+    assert lines["Standard_ND96asr_v4"].endswith(" yes*") and "*: with gradient checkpointing" in told
     assert main(["--model", "meta-llama/Llama-3.1-70B", "--sku", "all"]) == exits.FAILED
 
 

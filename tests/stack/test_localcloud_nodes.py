@@ -145,6 +145,7 @@ def test_a_size_that_is_not_known_is_named() -> None:
 def test_every_gpu_of_a_node_finds_room_for_its_pod(size: str) -> None:
     pool = GpuPool(vm_size=size)
     share, gpus = gpu_share(pool), SKUS[size].gpus
+    assert int(gpu_share(pool, gpus).cpu) == gpus * int(share.cpu)  # so a pod with all of them finds it as well
     [node] = made(GPU_POOL, vmSize=size, maxCount=1, osDiskSizeGB=pool.os_disk_gib)
     room = node["status"]["allocatable"]
     plugin = {"cpu": 50, "memory": 128, "disk": 64}  # the device plugin's own requests, millicores and MiB

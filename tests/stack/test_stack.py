@@ -16,6 +16,7 @@ import pulumi
 import pytest
 import yaml
 
+from infra.catalog import SKUS
 from policy.rules import violations
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, Resource, mocked
@@ -109,8 +110,9 @@ def test_each_gpu_pod_fits_the_pool_meant_for_it(name: str) -> None:
         tolerated = {f"{item['key']}={item['value']}:{item['effect']}" for item in pod.get("tolerations") or []}
         assert set(pool.get("nodeTaints") or []) <= tolerated, owner
         containers = [*pod["containers"], *(pod.get("initContainers") or [])]
-        wants_gpu = any("nvidia.com/gpu" in item["resources"]["limits"] for item in containers)
-        assert wants_gpu == pool["vmSize"].startswith("Standard_N"), owner
+        gpus = max(int(item["resources"]["limits"].get("nvidia.com/gpu", 0)) for item in containers)
+        assert gpus <= (SKUS[pool["vmSize"]].gpus if pool["vmSize"] in SKUS else 0), owner
+        assert bool(gpus) == pool["vmSize"].startswith("Standard_N"), owner
 
 
 @pytest.mark.parametrize("name", STACKS)

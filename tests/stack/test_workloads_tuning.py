@@ -122,14 +122,26 @@ def test_the_containers_get_the_settings_that_they_parse(seen: Recorder):
     (volume,) = [item for item in pod(seen)["volumes"] if item["name"] == "specs"]
     config = seen.one(":ConfigMap").inputs
     assert volume["configMap"]["name"] == config["metadata"]["name"]
-    assert config["immutable"] is True
+
+
+def test_checkpointing_is_decided_by_what_the_pools_gpus_hold(seen: Recorder):
+    def decided(size: str, *alternatives: str, **change: Any) -> bool | None:
+        pool = GpuPool(vm_size=size, alternatives=alternatives)
+        changed = deployed(pool=pool, settings=SETTINGS.model_copy(update=change))
+        # It decides no weights, so the checkpoints of another GPU's run are gone on from.
+        assert job(changed)["metadata"]["name"] == job(seen)["metadata"]["name"]
+        return TuningSpec.model_validate_json(data(changed)["tuning.json"]).gradient_checkpointing
+
+    assert decided("Standard_NC24ads_A100_v4") is False
+    assert decided("Standard_NC24ads_A100_v4", "Standard_NV36ads_A10_v5") is True
+    assert decided("Standard_NC24ads_A100_v4", gradient_checkpointing=True) is True
 
 
 def test_the_evaluation_has_room_for_its_rows_but_no_more_than_the_model():
-    spec = tuning_spec("a", TuningSettings(dataset="d", max_seq_length=2048), BASE)
+    spec = tuning_spec("a", TuningSettings(dataset="d", max_seq_length=2048), BASE, False)
     served = evaluation_spec(spec, BASE, EngineSettings(max_model_len=64), store="s")
     assert served.max_model_len >= 2048 + 4 * 2048
-    long = tuning_spec("a", TuningSettings(dataset="d", max_seq_length=100_000), BASE)
+    long = tuning_spec("a", TuningSettings(dataset="d", max_seq_length=100_000), BASE, False)
     assert evaluation_spec(long, BASE, EngineSettings(), store="s").max_model_len == 131072
 
 
@@ -175,6 +187,27 @@ def test_both_that_need_the_gpu_ask_for_it_within_one_node(seen: Recorder):
     assert by_name["tune"]["resources"] == by_name["evaluate"]["resources"]
 
 
+@pytest.mark.parametrize(
+    ("size", "gpus"),
+    [("Standard_NC96ads_A100_v4", 2), ("Standard_NC96ads_A100_v4", 4), ("Standard_ND96isr_H100_v5", 8)],
+)
+def test_gpus_that_tune_together_are_asked_for_within_one_node(size: str, gpus: int):
+    seen = deployed(tuning=Tuning(pool="big", gpus=gpus), pool=GpuPool(vm_size=size))
+    node, by_name = GpuPool(vm_size=size).sku, containers(seen)
+    assert by_name["tune"]["command"][-2:] == ["--processes", str(gpus)]
+    assert by_name["evaluate"]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    asked = by_name["tune"]["resources"]["requests"]
+    assert asked == by_name["tune"]["resources"]["limits"]
+    assert asked["nvidia.com/gpu"] == str(gpus)
+    share = gpus / node.gpus
+    assert 0.9 * node.vcpus * share <= int(asked["cpu"]) < node.vcpus * share
+    memory = int(asked["memory"].removesuffix("Gi"))
+    assert 0.8 * node.ram_gib * share <= memory <= 0.85 * node.ram_gib * share
+    (shared,) = [item["emptyDir"] for item in pod(seen)["volumes"] if item["name"] == "shm"]
+    assert gpus <= int(shared["sizeLimit"].removesuffix("Gi")) < memory / 2  # it counts as the pod's memory
+    assert {item.name: said for item in seen.resources if item.custom and (said := problems(item.inputs))} == {}
+
+
 def test_the_root_is_read_only_and_all_that_is_written_lies_in_volumes(seen: Recorder):
     spec = pod(seen)
     assert spec["securityContext"]["runAsNonRoot"] is True
@@ -212,7 +245,7 @@ def test_the_node_is_not_taken_away_and_the_metrics_are_read(seen: Recorder):
 
 def name_of(settings: TuningSettings = SETTINGS, **change: Any) -> str:
     values: dict[str, Any] = {"dataset_digest": DATASET, "base": BASE, "code": CODE}
-    return job_name(tuning_spec("kubectl", settings, BASE), **(values | change))
+    return job_name(tuning_spec("kubectl", settings, BASE, False), **(values | change))
 
 
 def test_what_decides_the_result_is_in_the_name(seen: Recorder):
@@ -220,7 +253,7 @@ def test_what_decides_the_result_is_in_the_name(seen: Recorder):
     assert job(seen)["metadata"]["name"] == name
     others = [
         name_of(SETTINGS.model_copy(update={"learning_rate": 1e-4})),
-        name_of(SETTINGS.model_copy(update={"gate": SETTINGS.gate.model_copy(update={"min_gain": 0.1})})),
+        name_of(SETTINGS.model_copy(update={"load_in_4bit": True})),
         name_of(dataset_digest="6" * 64),
         name_of(base=BASE.model_copy(update={"revision": "b" * 40})),
         name_of(code="e" * 64),
@@ -240,6 +273,29 @@ def test_where_and_how_often_it_runs_is_not_in_the_name(seen: Recorder):
     assert name_of(SETTINGS.model_copy(update={"dataset": "renamed.jsonl"})) == name_of()
 
 
+GATE = SETTINGS.gate.model_copy(update={"min_gain": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"gate": GATE}, True),
+        ({"gradient_checkpointing": True}, True),
+        ({"logging_steps": 1}, False),
+        ({"save_minutes": 1.0}, False),
+        ({"save_steps": 7}, False),
+    ],
+)
+def test_what_decides_no_weights_makes_no_other_job(change: dict[str, Any], again: bool):
+    """Some make it again, to go on from its checkpoints; how often it logs and saves waits for its next pod."""
+    pool = GpuPool(vm_size="Standard_NC24ads_A100_v4")
+    before, changed = deployed(pool=pool), deployed(pool=pool, settings=SETTINGS.model_copy(update=change))
+    assert job(changed)["metadata"]["name"] == job(before)["metadata"]["name"]
+    assert (job(changed) != job(before)) is again
+    assert data(changed) != data(before)
+    assert not changed.one(":ConfigMap").inputs.get("immutable")
+
+
 def test_retries_and_deadline_change_the_job_in_place(seen: Recorder):
     changed = deployed(tuning=Tuning(pool="t4", deadline_hours=9, retries=7))
     assert job(changed)["spec"]["template"] == job(seen)["spec"]["template"]
@@ -255,14 +311,14 @@ def test_one_changed_setting_changes_its_specs_and_their_name(seen: Recorder):
 
 @pytest.mark.parametrize("adapter", ["a", "a" * 40, "b" * 35 + "-" + "c" * 4])
 def test_names_stay_short_enough_for_those_of_pods(adapter: str):
-    name = job_name(tuning_spec(adapter, SETTINGS, BASE), dataset_digest=DATASET, base=BASE, code=CODE)
+    name = job_name(tuning_spec(adapter, SETTINGS, BASE, False), dataset_digest=DATASET, base=BASE, code=CODE)
     assert len(name) <= NAME_LIMIT == 52
     assert "--" not in name and name.startswith(f"tune-{adapter[:30]}")
 
 
 def test_two_adapters_with_the_same_beginning_are_two_jobs():
     names = {
-        job_name(tuning_spec("a" * 39 + end, SETTINGS, BASE), dataset_digest=DATASET, base=BASE, code=CODE)
+        job_name(tuning_spec("a" * 39 + end, SETTINGS, BASE, False), dataset_digest=DATASET, base=BASE, code=CODE)
         for end in "xy"
     }
     assert len(names) == 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
+import resource
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,30 +49,72 @@ def test_only_the_last_two_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "trainer.pt", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "absent", "empty", "flipped"])
+FILES = ("adapter.safetensors", "trainer.pt", "state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut to 0", "cut to 1", "cut to half", "cut by 2", "longer", "absent", "flipped", "of the one before", "of a neighbour"])  # fmt: skip
 def test_a_damaged_newest_falls_back_to_the_one_before_with_a_warning(
     tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(tmp_path, 1)
+    before = save(tmp_path, 1) / name
     path = save(tmp_path, 2) / name
     data = path.read_bytes()
+    cut = {"cut to 0": 0, "cut to 1": 1, "cut to half": len(data) // 2, "cut by 2": len(data) - 2}
     if damage == "absent":
         path.unlink()
+    elif damage == "of the one before":
+        shutil.copy(before, path)
+    elif damage == "of a neighbour":
+        shutil.copy(path.with_name(FILES[FILES.index(name) - 1]), path)
+    elif damage == "longer":
+        path.write_bytes(data + b"x")
     else:
         flipped = data[:-9] + bytes([data[-9] ^ 255]) + data[-8:]
-        path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "flipped": flipped}[damage])
+        path.write_bytes(data[: cut[damage]] if damage in cut else flipped)
     with caplog.at_level(logging.WARNING):
         assert found_step(tmp_path) == 1
     assert "trying the one before" in caplog.text
-    assert "step-00000002" in caplog.text
+    assert (
+        f"step-00000002 is damaged ({name if damage != 'of the one before' or name != 'state.json' else ''}"
+        in caplog.text
+    )
 
 
-def test_all_damaged_or_none_at_all_means_from_the_start(tmp_path: Path) -> None:
+def test_no_flipped_bit_of_the_state_goes_unseen(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "state.json"
+    data = path.read_bytes()
+    for at in range(0, len(data) - 1, 3):  # the last byte is a newline
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert found_step(tmp_path) == 1, f"byte {at} of {data!r}"
+    for text in ("[]", "3", "null", "{}", '{"digest": 1, "files": []}'):
+        path.write_text(text)
+        assert found_step(tmp_path) == 1, text
+
+
+def test_all_damaged_or_none_at_all_means_from_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert found_step(tmp_path / "nowhere") is None
+    assert not caplog.text
     (save(tmp_path, 1) / "state.json").write_text("{")
-    (tmp_path / ".writing-step-00000002").mkdir()
+    (save(tmp_path, 2) / "trainer.pt").unlink()
+    (tmp_path / ".writing-step-00000003").mkdir()
     assert found_step(tmp_path) is None
+    assert "step-00000002 is damaged (trainer.pt: No such file or directory)" in caplog.text
+    assert "step-00000001 is damaged (state.json: cut or garbled)" in caplog.text
+    assert f"no checkpoint in {tmp_path} is whole: without a copy elsewhere, tuning starts anew" in caplog.text
+
+
+def test_what_an_ended_process_left_and_what_is_damaged_makes_room(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000003" / "trainer.pt").write_bytes(b"")
+    for left in (".writing-step-00000004", ".fetching-step-00000005"):
+        (tmp_path / left).mkdir()
+    save(tmp_path, 2)  # the run went on from 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002"], "1 had gone when 3 was written"
+    save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
 def test_another_runs_checkpoint_is_refused_by_path(tmp_path: Path) -> None:
@@ -85,15 +129,22 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert found_step(tmp_path) == 3
 
 
-def test_a_crash_while_writing_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
+@pytest.mark.parametrize("room", [10, 400, 2000], ids=["adapter", "adapter's middle", "optimiser"])
+def test_a_full_disk_while_writing_leaves_the_earlier_ones_and_says_what_to_do(tmp_path: Path, room: int) -> None:
     save(tmp_path, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="disk full"):
-            save(tmp_path, 2)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # the kernel refuses each byte beyond
+    try:
+        with pytest.raises(
+            OSError, match=r"step-00000002: this checkpoint cannot be written \(.*MiB free\): make room"
+        ) as caught:
+            adapter = {"a": torch.ones(300)}
+            checkpoint.save(tmp_path, "f", Position(2, 1.0, 1), adapter, {"s": torch.ones(3000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.__cause__ is not None
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
     assert found_step(tmp_path) == 1
     save(tmp_path, 2)
     assert found_step(tmp_path) == 2
@@ -123,14 +174,18 @@ def copies(account: FakeAccount) -> set[str]:
 
 
 def test_the_newest_copy_comes_back_when_the_node_is_gone(account: FakeAccount, tmp_path: Path) -> None:
+    tmp_path, events = tmp_path / "checkpoints", tmp_path / "events.jsonl"
     for step in (1, 2, 3):
+        with events.open("a") as file:
+            file.write(f'{{"step": {step}}}\n')
         assert remote().copy(save(tmp_path, step))
     assert copies(account) == {"kubectl/f/step-00000002", "kubectl/f/step-00000003"}, "no more than are kept here"
     assert not any("step-00000001" in name for name in account.blobs)
     before = {path.name: path.read_bytes() for path in (tmp_path / "step-00000003").iterdir()}
-    shutil.rmtree(tmp_path)
+    shutil.rmtree(tmp_path.parent)
     assert remote().fetch_newer(tmp_path, than=0)
     assert found_step(tmp_path) == 3
+    assert events.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n', "the measurements come along"
     assert {name: (tmp_path / "step-00000003" / name).read_bytes() for name in before} == before
 
 
@@ -201,3 +256,61 @@ def test_a_place_that_does_not_answer_or_refuses_stops_the_start(account: FakeAc
     for address, words in {"az://mystore/box": "add a folder for this run", "/mnt/x": "expected az://"}.items():
         with pytest.raises(SettingsError, match=words):
             Remote(address, "f")
+
+
+def test_a_copy_of_what_was_damaged_before_is_passed_over_too(
+    account: FakeAccount, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert remote().copy(save(tmp_path, 1))
+    second = save(tmp_path, 2)
+    (second / "trainer.pt").write_bytes(b"damaged on the node")
+    assert remote().copy(second), "whole as far as Blob can know"
+    shutil.rmtree(tmp_path)
+    assert remote().fetch_newer(tmp_path, than=0)
+    assert found_step(tmp_path) == 1
+    assert "copy step-00000002 is damaged (trainer.pt: not as it was written)" in caplog.text
+    third = save(tmp_path, 2)
+    (account.blobs["kubectl/f/step-00000009/.complete.json"],) = [
+        account.blobs["kubectl/f/step-00000002/.complete.json"]
+    ]
+    assert remote().copy(third)
+    assert copies(account) == {"kubectl/f/step-00000001", "kubectl/f/step-00000002"}, "those beyond were passed over"
+
+
+def test_fetching_outlasts_a_trouble_that_passes(
+    account: FakeAccount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "ROLE_SECONDS", 5)
+    remote().copy(save(tmp_path, 1))
+    shutil.rmtree(tmp_path)
+    asked = iter(range(10**6))
+    account.fault = lambda method, name: (503, "ServerBusy") if next(asked) < 8 and "trainer" in name else None
+    assert remote().fetch_newer(tmp_path, than=0)
+    assert found_step(tmp_path) == 1
+
+
+def test_an_account_that_hangs_holds_the_tuning_no_longer_than_promised(
+    account: FakeAccount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint, "COPY_SECONDS", 0.5)
+    hanging, released = threading.Event(), threading.Event()
+
+    def hang(method: str, name: str) -> None:
+        if method == "PUT":
+            hanging.set()
+            released.wait(20)
+
+    account.fault = hang
+    to, started = remote(), time.monotonic()
+    assert not to.copy(save(tmp_path, 1))
+    assert hanging.is_set()
+    assert time.monotonic() - started < 0.9
+    assert "checkpoint step-00000001 is not copied after 0.5 s; tuning goes on" in caplog.text
+    started = time.monotonic()
+    assert not to.copy(save(tmp_path, 2))
+    assert time.monotonic() - started < 0.9, "nor does the next, which waits for the one before"
+    assert "checkpoint step-00000002 is not copied: the copy before hangs" in caplog.text
+    released.set()
+    monkeypatch.setattr(checkpoint, "COPY_SECONDS", 10)
+    assert to.copy(save(tmp_path / "later", 3)), "once it answers again, copying goes on"
+    assert copies(account) == {"kubectl/f/step-00000001", "kubectl/f/step-00000003"}

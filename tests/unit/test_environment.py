@@ -92,6 +92,24 @@ def test_the_committed_environments_are_good(stack: str) -> None:
     assert len(text.splitlines()) <= 60
 
 
+def test_every_size_of_the_pool_has_the_gpus_that_tune_together(tmp_path: Path) -> None:
+    sizes = (
+        "vm_size: Standard_NC96ads_A100_v4\n      alternatives: [Standard_NC80adis_H100_v5, Standard_ND96isr_H100_v5]"
+    )
+    edits = [
+        ("vm_size: Standard_NC24ads_A100_v4", sizes),
+        ("tuning: {pool: a100}", "tuning: {pool: a100, gpus: 4}\n  drydock:cluster: {provisioning: automatic}"),
+    ]
+    (told,) = problems(tmp_path, *edits)
+    assert told.endswith("tuning.gpus: 4 GPUs of one node, but Standard_NC80adis_H100_v5 of pool a100 has 2: lower it")
+
+
+def test_tuning_jobs_may_hold_all_their_gpus_of_the_serving_pool() -> None:
+    pool = json.dumps({"a100": {"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": 2}})
+    env = environment(pools=pool, tuning=json.dumps({"pool": "a100", "gpus": 4}))
+    assert (env.tuning.gpus, env.other_gpus) == (4, 4)
+
+
 def test_several_adapters_share_one_base() -> None:
     adapters = {name: {"dataset": f"{name}.jsonl", "lora_r": rank} for name, rank in (("a", 8), ("b", 64))}
     env = environment(adapters=json.dumps(adapters))
@@ -133,6 +151,7 @@ def test_a_mistake_is_told_with_line_and_remedy(tmp_path: Path, edit: tuple[str,
         (("max_nodes: 2", "max_nodes: 1"), "2 replicas need as many GPUs, but pool a100 has 1 at most: raise pools.a100.max_nodes"),
         (("max_nodes: 2", "alternatives: [Standard_NC40ads_H100_v5]\n      max_nodes: 2"), "an agent pool has one size: set cluster.provisioning: automatic"),
         (("max_nodes: 2", "max_nodes: 2\n      min_nodes: 1\n  drydock:cluster: {provisioning: automatic}"), "pools.a100.min_nodes: nodes that stay without work need"),
+        (("tuning: {pool: a100}", "tuning: {pool: a100, gpus: 4}"), "tuning.gpus: 4 GPUs of one node, but Standard_NC24ads_A100_v4 of pool a100 has 1: lower it, or take Standard_NC96ads_A100_v4, which has 4"),
         (("{authorized_ip_ranges: [198.18.0.7/32]}", "{private: true}"), "network.outbound: in a private environment images are built inside"),
         (("domain-llama", "base"), "base.served_name: base is also the name of an adapter"),
         (("max_nodes: 2", "max_nodes: 3\n      spot: true"), "is a spot pool, which may lose all replicas at once"),

@@ -22,6 +22,7 @@ from localcloud.live import attach
 from localcloud.live.dress import Dresser
 from localcloud.live.places import AZURE_ADDRESS, TRUST
 from localcloud.live.relay import Relay
+from localcloud.live.sight import plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,3 +212,16 @@ def test_down_ends_the_run_that_is_at_work(tmp_path: Path, holder: subprocess.Po
         assert ended and holder.wait(5) == -signal.SIGTERM
     with attach.alone(tmp_path / "local", end_other=True) as ended:  # and leaves nothing locked
         assert not ended
+
+
+def test_a_log_of_records_reads_as_one_of_lines() -> None:
+    """The drills look for what people see: where tuning stands, and where it goes on."""
+    log = (
+        '{"time": "t", "level": "info", "message": "resuming at step 50 of 136"}\n'
+        '{"time": "t", "level": "info", "message": "step 55/136  loss 0.3", "step": 55, "loss": 0.3}\n'
+        'plain text, as vLLM writes it\n{"no": "record"}\n{"time": "t", "mess'
+    )
+    assert plain(log) == (
+        "resuming at step 50 of 136\nstep 55/136  loss 0.3\nplain text, as vLLM writes it\n"
+        '{"no": "record"}\n{"time": "t", "mess'
+    )

@@ -239,6 +239,64 @@ def test_an_unknown_or_unproven_model_is_404_as_openai_says_it(layer: Layer, mod
     assert not layer.inner.scopes
 
 
+# Clients of Azure OpenAI.
+
+DEPLOYMENT_CHAT = "/openai/deployments/kubectl/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "inner", "more"),
+    [
+        (DEPLOYMENT_CHAT, CHAT, {}),
+        ("/openai/deployments/kubectl/completions", "/v1/completions", {"model": "base"}),
+        ("/openai/v1/chat/completions", CHAT, {"model": "kubectl"}),
+        ("/openai/v1/completions", "/v1/completions", {"model": "kubectl"}),
+    ],
+)
+def test_azures_paths_lead_to_the_same_routes(layer: Layer, path: str, inner: str, more: Any) -> None:
+    layer.say(kubectl="aaaa1111")
+    assert layer.ask("POST", path, {"messages": [], **more}).status == 200
+    (scope,) = layer.inner.scopes
+    assert (scope["path"], scope["raw_path"]) == (inner, inner.encode())
+    assert json.loads(layer.inner.bodies[0])["model"] == "kubectl.aaaa1111", "the deployment, whatever the body says"
+
+
+def test_the_front_names_the_deployment_in_a_header_which_goes_no_further(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    assert layer.ask("POST", CHAT, {"messages": []}, [(b"x-drydock-deployment", b"kubectl")]).status == 200
+    assert json.loads(layer.inner.bodies[0])["model"] == "kubectl.aaaa1111"
+    assert b"x-drydock-deployment" not in dict(layer.inner.scopes[0]["headers"])
+
+
+def test_an_unknown_deployment_is_404_as_azure_says_it(layer: Layer) -> None:
+    layer.say(kubectl="aaaa1111")
+    reply = layer.ask("POST", DEPLOYMENT_CHAT.replace("kubectl", "gpt-4"), {"messages": []})
+    assert (reply.status, reply.body["error"]["code"]) == (404, "DeploymentNotFound")
+    assert "deployment 'gpt-4' does not exist; served here: base, kubectl" in reply.body["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/openai/models", "/openai/v1/models"])
+def test_azures_clients_list_the_models(layer: Layer, path: str) -> None:
+    layer.say(kubectl="aaaa1111")
+    assert [model["id"] for model in layer.ask("GET", path).body["data"]] == ["base", "kubectl"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/openai/deployments//chat/completions"), ("POST", "/openai/deployments/../chat/completions"),
+        ("POST", "/openai/deployments/a/b/completions"), ("POST", "/openai/deployments/kubectl/embeddings"),
+        ("POST", "/openai/v1/load_lora_adapter"), ("POST", "/openai/v1/responses"), ("GET", DEPLOYMENT_CHAT),
+        ("POST", DEPLOYMENT_CHAT + "/"), ("POST", "/openai" + DEPLOYMENT_CHAT), ("POST", "/openai/v1/models"),
+        ("POST", DEPLOYMENT_CHAT + "\n"), ("GET", "/openai/metrics"), ("GET", "/openai/v1/metrics"),
+    ],
+)  # fmt: skip
+def test_nothing_else_opens_below_azures_paths(layer: Layer, method: str, path: str) -> None:
+    layer.say(kubectl="aaaa1111")
+    assert layer.ask(method, path, {"messages": []}, layer.token).status == 404
+    assert not layer.inner.scopes
+
+
 def test_a_switch_takes_effect_with_the_next_request_and_closes_the_old_version(layer: Layer) -> None:
     layer.say(kubectl="aaaa1111")
     layer.chat("kubectl")
@@ -387,6 +445,17 @@ def test_with_its_key_a_client_is_served_and_vllm_does_not_see_it(
         assert b"key-a" not in b"".join(value for _, value in scope["headers"])
         assert (b"x-a", b"b") in scope["headers"]
     assert len(keyed.inner.scopes) == (method == "POST")
+
+
+def test_azures_paths_are_no_way_around_the_key(keyed: Layer) -> None:
+    keyed.say(kubectl="aaaa1111")
+    reply = keyed.ask("POST", DEPLOYMENT_CHAT, {"messages": []})
+    assert (reply.status, reply.body["error"]["code"]) == (401, "401")
+    for path in ("/openai/models", "/openai/v1/models", "/openai/v1/chat/completions"):
+        method = "GET" if path.endswith("models") else "POST"
+        assert keyed.ask(method, path, {"model": "kubectl"}).status == 401
+    assert not keyed.inner.scopes
+    assert keyed.ask("POST", DEPLOYMENT_CHAT, {"messages": []}, [(b"api-key", b"key-a")]).status == 200
 
 
 def test_probes_metrics_and_the_sidecar_need_no_key(keyed: Layer) -> None:

@@ -13,10 +13,15 @@ from safetensors.numpy import save_file
 from artifacts.adapter import fetch_adapter, promoted_digest, read_card
 from artifacts.store import open_store
 from common import exits
-from common.files import read_json, write_json
+from common.files import read_json, write_json, write_jsonl
 from training.__main__ import main
 from training.spec import TuningSpec
 
+EVENTS = [
+    {"step": step, "total_steps": 10, "epoch": step / 5, "loss": 2 - step / 10, "learning_rate": 1e-4,
+     "tokens_per_second": 1000.0}
+    for step in (5, 10)
+]  # fmt: skip
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
@@ -35,6 +40,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         more = {"passed": passed, "verdict": verdict, "versions": {"vllm": "2"}, "seconds": 1.5, "samples": [{"p": 1}]}
         write_json(run / "evaluation.json", figures | more)
         write_json(run / "canaries.json", {"canaries": []})
+        write_jsonl(run / "events.jsonl", EVENTS)
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
         write_json(run / "adapter" / "adapter_config.json", settings | config)
         (run / "adapter" / "README.md").write_text("[More Information Needed]")
@@ -58,7 +64,7 @@ def test_what_passed_is_promoted_with_all_that_proves_it(make_run: Callable[...,
     fetched = fetch_adapter(store, "mine", digest, tmp_path / "fetched")
     assert {path.name for path in fetched.folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "spec.json", "tuning.json", "evaluation.json",
-        "canaries.json", "README.md",
+        "canaries.json", "README.md", "curves.svg",
     }  # fmt: skip
     card = fetched.card
     assert (card.base_model, card.base_revision, card.dataset_digest) == ("llama", "sha256:b", "sha256:d")
@@ -68,6 +74,30 @@ def test_what_passed_is_promoted_with_all_that_proves_it(make_run: Callable[...,
     readme = (fetched.folder / "README.md").read_text()
     assert "PASSED: better" in readme and "1,234 rows" in readme and "+0.400 to +0.600" in readme
     assert "More Information Needed" not in readme
+    assert "](curves.svg)" in readme and "| 10 | 2.00 | 1.0000 | 1.00e-04 | 1,000 |" in readme
+    assert "was lost" not in readme
+
+
+def test_the_card_says_how_the_run_went_and_by_which_seeds(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    more = {"steps": 10, "tokens": 54321, "seconds": 12.0, "tokens_per_second": 4526.75, "device": "cuda", "seed": 7}
+    write_json(run / "tuning.json", read_json(run / "tuning.json") | more | {"peak_gpu_bytes": 3 * 2**30})
+    write_json(run / "evaluation.json", read_json(run / "evaluation.json") | {"seeds": {"bootstrap": 11}})
+    write_jsonl(run / "events.jsonl", EVENTS[1:])
+    publish(run, tmp_path / "store")
+    readme = (run / "README.md").read_text()
+    assert "10 steps, 54,321 tokens in 12 s (4,527 tokens/s) on cuda; at most 3.0 GiB of GPU memory" in readme
+    assert "| seeds | tuning 7, bootstrap 11 |" in readme
+    assert "what was measured before step 10 was lost with an earlier attempt's disk" in readme
+    assert "| learning_rate | `0.0002` |" in readme
+
+
+def test_a_run_without_measurements_has_no_curves(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    publish(run, tmp_path / "store")
+    (run / "events.jsonl").unlink()
+    publish(run, tmp_path / "store")
+    assert not (run / "curves.svg").exists() and "curves" not in (run / "README.md").read_text()
 
 
 def test_publishing_the_same_run_again_makes_no_other_version(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
 from training.encode import Example
+from training.fused import fuse
+from training.model import own_precision
 from training.packing import ATTENTION, attend, pack, summed_loss
 from training.spec import TuningSpec
-from training.tune import own_precision, steps
+from training.tune import steps
 
 CPU = torch.device("cpu")
 VOCABULARY = 80
@@ -88,6 +90,28 @@ def test_loss_and_gradients_are_those_of_each_row_alone_in_plain_transformers(
     assert torch.allclose(gradients(packed), gradients(plain), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "change"), FAMILIES[:2], ids=[family for family, _ in FAMILIES[:2]])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family: str, change: dict[str, Any]) -> None:
+    examples, found, kept = rows([23, 9, 40, 16, 7]), [], []
+    for again in (False, True):
+        model = tuned(family, ATTENTION, dropout=0.1, **change)
+        fuse(model)
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        losses: list[torch.Tensor] = []
+        torch.manual_seed(5)  # the second forward pass must drop what the first did
+
+        def forward(model: Any = model, losses: list[torch.Tensor] = losses) -> torch.Tensor:
+            losses.append(summed_loss(model, examples, CPU))
+            return losses[0]
+
+        kept.append(sum(kept_bytes(model, forward).values()))
+        found.append((losses[0].item(), gradients(model)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert kept[1] < 0.3 * kept[0], "and it keeps far less"
+
+
 def test_no_row_sees_another() -> None:
     model = tuned("llama", ATTENTION)
     answer, first, second = rows([30]), rows([20], prompt=20, seed=1), rows([20], prompt=20, seed=2)
@@ -135,7 +159,7 @@ def test_a_step_takes_all_its_rows_in_few_passes_within_the_budget(seed: int, ti
         gradient_accumulation_steps=accumulation, max_seq_length=longest, num_train_epochs=1,
     )  # fmt: skip
     seen: list[int] = []
-    for _, passes in steps(examples, spec, start=0):
+    for _, (passes,) in steps(examples, spec, start=0):
         assert len(passes) <= accumulation
         assert all(sum(len(row.ids) for row in packed) <= size * longest for packed in passes)
         lines = [row.line for packed in passes for row in packed]

@@ -21,14 +21,17 @@ from common.files import file_digest, read_json, read_jsonl, tree_digest, write_
 from common.processes import free_ports
 from common.settings import SettingsError
 from tests.unit.conftest import ROWS
+from training import checkpoint
 from training import tune as module
 from training.__main__ import main
 from training.base import load_tokenizer
+from training.begin import split
 from training.encode import Example, encode_all
-from training.packing import summed_loss
+from training.model import load_model
+from training.packing import ATTENTION, summed_loss
 from training.progress import Progress
 from training.spec import TuningSpec
-from training.tune import Terminated, rate, split, steps, tune
+from training.tune import Terminated, rate, steps, tune
 
 CPU = torch.device("cpu")
 
@@ -122,6 +125,7 @@ def test_the_summary_agrees_with_the_run(
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"], rel=0.01)
     assert (summary["dataset_digest"], summary["base_revision"]) == (file_digest(rows_file), tree_digest(tiny_base))
     assert set(summary["versions"]) == {"torch", "transformers", "peft"}
+    assert (summary["device"], summary["world_size"], summary["peak_gpu_bytes"]) == ("cpu", 1, None)
     events = list(read_jsonl(out / "events.jsonl"))
     assert [event["step"] for event in events] == list(range(1, summary["steps"] + 1))
     assert events[-1]["loss"] == pytest.approx(summary["final_loss"], abs=1e-5)
@@ -137,7 +141,7 @@ def test_tuning_never_sees_a_held_out_prompt(spec: Callable[..., TuningSpec], tm
     seen: list[int] = []
     tuning, held_out, _ = split(spec())
     examples = [Example(line, (1, 2), 1) for line, _ in tuning]
-    for _, batches in steps(examples, spec(), start=0):
+    for _, (batches,) in steps(examples, spec(), start=0):
         seen += [example.line for batch in batches for example in batch]
     assert sorted(seen) == sorted(2 * [line for line, _ in tuning]), "every tuning row once an epoch"
     prompts = [{(row["instruction"], row["input"]) for _, row in side} for side in (tuning, held_out)]
@@ -165,9 +169,9 @@ def test_a_run_stopped_anywhere_and_started_again_gives_the_very_same_adapter(
         assert not (tmp_path / "tuning.json").exists()
     made: list[int] = []
 
-    def noted(*arguments: Any, start: int) -> Any:
+    def noted(*arguments: Any, start: int, ranks: int) -> Any:
         made.append(start)
-        return steps(*arguments, start=start)
+        return steps(*arguments, start=start, ranks=ranks)
 
     monkeypatch.setattr(module, "steps", noted)
     again = tune(spec(), tmp_path)
@@ -247,13 +251,59 @@ def test_fresh_begins_anew_and_leaves_strange_files_alone(copy: Path, spec: Call
     assert (copy / "notes.txt").read_text() == "mine"
 
 
+def test_checkpoints_come_by_the_clock_and_by_the_step_and_not_at_the_end(
+    spec: Callable[..., TuningSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(checkpoint, "save", lambda folder, fingerprint, position, *_: saved.append(position.step))
+    tune(spec(save_steps=None, save_minutes=1e-9, num_train_epochs=1), tmp_path / "clock")
+    assert saved == [1, 2, 3, 4, 5], "6 is the last step"
+    saved.clear()
+    tune(spec(save_steps=2, num_train_epochs=1), tmp_path / "steps")
+    assert saved == [2, 4]
+    saved.clear()
+    tune(spec(save_steps=None, num_train_epochs=1), tmp_path / "neither")
+    assert saved == [], "no five minutes"
+
+
+# In 4 bits.
+
+
+def test_qlora_learns_on_a_quantised_base_and_its_adapter_loads_on_the_whole_one(
+    spec: Callable[..., TuningSpec], tmp_path: Path, tiny_base: Path
+) -> None:
+    from bitsandbytes.nn.modules import Linear4bit
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = spec(load_in_4bit=True, gradient_checkpointing=True)
+    model = load_model(settings, tiny_base, CPU)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(layers) == 2 * 7, "every linear layer of the two decoder layers, and lm_head stays whole"
+    weight: Any = next(iter(layers.values())).weight
+    assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+    summary = tune(settings, tmp_path)
+    losses = [event["loss"] for event in read_jsonl(tmp_path / "events.jsonl")]
+    assert summary["final_loss"] < losses[0] - 0.1
+    assert (summary["load_in_4bit"], "bitsandbytes" in summary["versions"]) == (True, True)
+    assert check_adapter(tmp_path / "adapter") == [], "vLLM takes it"
+    examples, _ = encode_all(split(settings)[0], load_tokenizer(tiny_base), 128)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, attn_implementation=ATTENTION).eval()
+    with torch.no_grad():
+        before = summed_loss(base, examples[:8], CPU).item()
+        after = summed_loss(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), examples[:8], CPU).item()
+    assert after < before
+
+
 # Arithmetic.
 
 
 @pytest.fixture
 def model_and_examples(spec: Callable[..., TuningSpec], tiny_base: Path) -> Iterator[tuple[Any, list[Example]]]:
     torch.manual_seed(1)
-    model = module.load_model(spec(lora_dropout=0.0), tiny_base, CPU)
+    model = load_model(spec(lora_dropout=0.0), tiny_base, CPU)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)  # 0 at the start, which would hide lora_A's gradient
@@ -283,7 +333,7 @@ def test_batch_and_accumulation_divide_the_work_and_change_nothing_else(
     gradients = []
     for size, accumulation in ((8, 1), (2, 4), (1, 8)):
         settings = spec(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_train_epochs=1)
-        ((_, batches),) = steps(examples, settings, start=0)
+        ((_, (batches,)),) = steps(examples, settings, start=0)
         assert len(batches) <= accumulation
         assert all(sum(len(example.ids) for example in batch) <= size * settings.max_seq_length for batch in batches)
         tokens = sum(example.answer_length for batch in batches for example in batch)
@@ -311,7 +361,7 @@ def test_the_row_order_follows_the_seed_and_differs_by_epoch(spec: Callable[...,
     examples = [Example(line, (1, 2), 1) for line in range(40)]
 
     def order(seed: int) -> list[list[int]]:
-        return [[e.line for b in batches for e in b] for _, batches in steps(examples, spec(seed=seed), start=0)]
+        return [[e.line for b in batches for e in b] for _, (batches,) in steps(examples, spec(seed=seed), start=0)]
 
     assert order(1) == order(1) != order(2)
     assert order(1)[:5] != order(1)[5:]

@@ -1,0 +1,75 @@
+"""Datasets from elsewhere: fetched once for the checks, then a local file to all that comes after."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pytest
+
+from infra.preflight import load
+from infra.settings import Environment
+from tests.stack.test_stack import ROOT, config_of
+from tests.unit.file_server import FileServer
+from tests.unit.pulumi_mocks import mocked
+from training import source
+
+DATA = (ROOT / "rehearsal" / "data" / "kubectl.jsonl").read_bytes()
+DIGEST = hashlib.sha256(DATA).hexdigest()
+SIGNED = "?sig=S3CR3T"
+
+
+@pytest.fixture(autouse=True)
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setenv("DRYDOCK_CACHE", str(tmp_path))
+    monkeypatch.setattr(source, "ATTEMPTS", 1)
+    server = FileServer(DATA)
+    yield server
+    server.close()
+
+
+def loaded(**datasets: dict[str, Any]) -> Environment:
+    """The development environment with these adapters, each the one of its file but for its dataset."""
+    config = config_of("dev")
+    adapter = config["drydock:adapters"]["kubectl"]
+    config |= {"drydock:adapters": {name: adapter | change for name, change in datasets.items()}}
+    config |= {"drydock:api_keys": {"team-a": "k3y"}, "drydock:network": {"authorized_ip_ranges": ["198.18.0.7/32"]}}
+    with mocked(stack="dev", config=config):
+        pulumi.runtime.config._SECRET_KEYS.set({"drydock:api_keys"})
+        return load("drydock", "dev")
+
+
+def test_a_dataset_from_elsewhere_is_fetched_once_and_local_from_then_on(server: FileServer, tmp_path: Path) -> None:
+    url = f"{server.url}/rows.jsonl{SIGNED}"
+    env = loaded(one={"dataset": url, "dataset_sha256": DIGEST}, two={"dataset": url, "dataset_sha256": DIGEST})
+    assert server.seen == ["all"], "two adapters share it"
+    for adapter in env.adapters.values():
+        assert Path(adapter.dataset).is_relative_to(tmp_path) and (ROOT / adapter.dataset).read_bytes() == DATA
+        assert adapter.dataset_sha256 is None, "proved here: it names no Job"
+    assert loaded(here={}).adapters["here"].dataset == str(ROOT / "rehearsal/data/kubectl.jsonl")
+
+
+def test_what_is_wrong_with_it_is_told_at_its_setting_with_everything_else(server: FileServer) -> None:
+    answers: list[dict[str, object]] = [{"status": 404}, {"status": 503}, {"body": DATA + b"{}\n"}]
+    server.fault = answers.__getitem__
+    with pytest.raises(pulumi.RunError) as caught:
+        loaded(
+            gone={"dataset": f"{server.url}/gone{SIGNED}"},
+            busy={"dataset": f"{server.url}/busy{SIGNED}"},
+            bad={"dataset": f"{server.url}/bad{SIGNED}"},
+            other={"dataset_sha256": "0" * 64},
+            nowhere={"dataset": "nowhere.jsonl"},
+        )
+    told = str(caught.value)
+    assert "S3CR3T" not in told
+    for line in (
+        f"adapters.gone.dataset: {server.url}/gone: no such file (404 Not Found)",
+        f"adapters.busy.dataset: {server.url}/busy: 503 Service Unavailable, at 1 attempts",
+        f"adapters.bad.dataset: {server.url}/bad:{len(DATA.splitlines()) + 1}: found no key 'instruction'",
+        f"adapters.other.dataset: rehearsal/data/kubectl.jsonl: dataset_sha256 is {'0' * 64}, but the file's SHA-256 is {DIGEST}",
+        "adapters.nowhere.dataset: nowhere.jsonl: no such file below the project's folder",
+    ):
+        assert line in told
