@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
+TUNING_TESTS = $(BIN)/python -m pytest tests/tuning -q -n 2 --dist loadfile
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning images preview up destroy render clean
+.PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning images preview up destroy render clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -16,8 +17,9 @@ help:  ## this list
 rehearse: setup  ## the whole chain on this machine (ADAPTERS="a.yaml b.yaml" for your own, KEEP=1 leaves it up)
 	@$(BIN)/python -m rehearsal --out $(OUT) $(addprefix --adapter ,$(ADAPTERS)) $(if $(KEEP),--keep)
 
-test: setup registry azurite lint  ## everything that must hold: lint, types, unit, stack and contract tests
+test: setup registry azurite lint  ## everything that must hold: lint, types, unit, tuning, stack and contract tests
 	$(UNIT)
+	$(TUNING_TESTS)
 	$(STACK_TESTS)
 	$(BIN)/python -m pytest tests/contract
 	@if [ "$(ENGINE)" = no ]; then :; elif $(BIN)/python -m localcloud.tools --check >/dev/null 2>&1; then $(MAKE) engine; \
@@ -25,6 +27,9 @@ test: setup registry azurite lint  ## everything that must hold: lint, types, un
 
 unit: setup  ## the fast tests alone, for daily work
 	$(UNIT)
+
+tuning: setup  ## the tests of the trainer: torch, transformers and peft on a tiny base
+	$(TUNING_TESTS)
 
 stack: setup  ## the tests of the Pulumi program and its parts, under mocks
 	$(STACK_TESTS)
