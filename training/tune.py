@@ -210,7 +210,7 @@ def train(
             "final_loss": round(last_loss, 5),
             "device": device.type,
             "world_size": ranks.world,
-            "peak_gpu_bytes": max(peaks, default=None),
+            **({"peak_gpu_bytes": max(peaks)} if peaks else {}),  # a figure that was not measured is absent
             "load_in_4bit": spec.load_in_4bit,
             "seed": spec.seed,
             "versions": {name: version(name) for name in libraries},

@@ -125,7 +125,8 @@ def test_the_summary_agrees_with_the_run(
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"], rel=0.01)
     assert (summary["dataset_digest"], summary["base_revision"]) == (file_digest(rows_file), tree_digest(tiny_base))
     assert set(summary["versions"]) == {"torch", "transformers", "peft"}
-    assert (summary["device"], summary["world_size"], summary["peak_gpu_bytes"]) == ("cpu", 1, None)
+    assert (summary["device"], summary["world_size"]) == ("cpu", 1)
+    assert None not in summary.values(), "the report would name it as missing"
     events = list(read_jsonl(out / "events.jsonl"))
     assert [event["step"] for event in events] == list(range(1, summary["steps"] + 1))
     assert events[-1]["loss"] == pytest.approx(summary["final_loss"], abs=1e-5)
