@@ -43,6 +43,7 @@ def test_a_context_is_unpacked_the_same_each_time(tmp_path: Path) -> None:
         (archive("b", kind=tarfile.SYMTYPE), "b is neither file nor folder"),
         (b"no archive", "failed to download context"),
     ],
+    ids=["outwards", "absolute", "a link", "no archive"],  # an archive holds the time: no name that two workers share
 )
 def test_a_context_stays_in_its_room(tmp_path: Path, context: bytes, said: str) -> None:
     with pytest.raises(BuildFailed, match=said):
