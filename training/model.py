@@ -12,7 +12,6 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from common.settings import SettingsError
 from training.fused import fuse
 from training.packing import ATTENTION
 from training.spec import TuningSpec
@@ -29,7 +28,6 @@ def load_model(spec: TuningSpec, folder: Path, device: torch.device) -> Any:
     # In 4 bits it is quantised on its way to the device, so it has to be told where that is.
     quantised = {"quantization_config": _nf4(dtype), "device_map": {"": device}} if spec.load_in_4bit else {}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION, **quantised)
-    _check_targets(spec, base)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.lora_r,
@@ -61,11 +59,3 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
-
-
-def _check_targets(spec: TuningSpec, base: Any) -> None:
-    layers = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    if unknown := sorted(set(spec.lora_target_modules) - layers):
-        raise SettingsError(
-            [f"lora_target_modules: {', '.join(unknown)} not in this base; it has {', '.join(sorted(layers))}"]
-        )

@@ -189,7 +189,7 @@ TINY = {
     [
         ("llama", 2, A100, 0.05),
         ("llama", 2, A100, 0.0),
-        ("llama", 1, T4, 0.05),  # fp32, as tune.load_model takes it without bf16
+        ("llama", 1, T4, 0.05),  # fp32, as model.load_model takes it without bf16
         ("llama", 2, T4, 0.0),
         ("qwen3", 2, A100, 0.05),
         ("phi3", 2, A100, 0.05),
