@@ -3,6 +3,7 @@
 import pulumi
 
 from infra.cluster import Cluster, ClusterArgs
+from infra.cost import tell
 from infra.datasets import Datasets, DatasetsArgs
 from infra.endpoints import Endpoints, EndpointsArgs
 from infra.group import prepare
@@ -54,4 +55,5 @@ fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpo
 pool = Serving("serving", ServingArgs(env, *fed_by, serving.name, server["serving"]), inside)
 loaded_by = (images.stress, data, account, serving.name, server["stress"])
 stress = StressTest("stress", StressTestArgs(env, *loaded_by), inside) if env.stress.run else None
-export(of_environment(env, place, cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes, stress))
+parts = (cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes, stress)
+export(of_environment(env, place, *parts, tell(env, location)))

@@ -68,6 +68,11 @@ class Outputs:
     stress_report: pulumi.Input[str | None] = field(
         metadata=said("Where the stress test that the settings name puts its report once it has run, if they name one.")
     )
+    cost: pulumi.Input[dict[str, Any] | None] = field(
+        metadata=said(
+            "Estimate in USD, least and most, an hour, a month and a tuning run; none where a price is unknown."
+        )
+    )
     prometheus_endpoint: pulumi.Input[str] = field(metadata=said("Query endpoint of the managed Prometheus."))
     grafana_url: pulumi.Input[str | None] = field(metadata=said("The managed Grafana, if there is one."))
     next_steps: pulumi.Input[list[Any]] = field(metadata=said("Commands that show how it goes on."))
@@ -98,6 +103,7 @@ def of_environment(
     watch: str,
     eyes: Observability,
     stress: StressTest | None,
+    cost: dict[str, Any] | None,
 ) -> Outputs:
     """The outputs of an environment from its components; `jobs`: the tuning Job's name by adapter."""
     return Outputs(
@@ -116,6 +122,7 @@ def of_environment(
         client_label=CLIENT_LABEL,
         tuning_jobs=dict(jobs),
         stress_report=stress.report if stress else None,
+        cost=cost,
         prometheus_endpoint=eyes.query_endpoint,
         grafana_url=eyes.grafana_url,
         next_steps=[

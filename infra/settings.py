@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 
 from common.settings import Settings, SettingsError, explain, key_lines
 from infra.catalog import MODELS, SKUS, Architecture, Sku, sku
-from serving.spec import EngineSettings
+from serving.spec import STANDARD, EngineSettings, Tier, TierName
 from stress.spec import MODELS_WORDS, DurationSeconds, LoadSettings, LoadSpec, Models, RampSeconds, Users
 from training.spec import AdapterName, TuningSettings
 
@@ -30,6 +31,8 @@ def _cidr(text: str) -> str:
 
 Cidr = Annotated[str, AfterValidator(_cidr)]
 Zone = Literal["1", "2", "3"]
+VmSize = Annotated[str, Field(pattern="^Standard_[A-Za-z0-9_-]+$")]
+UsdPerHour = Annotated[float, Field(gt=0, le=10_000)]
 PoolName = Annotated[str, Field(pattern="^[a-z][a-z0-9]{0,7}$")]
 """Lower-case letters and digits, at most eight: AKS allows twelve, four are a hash."""
 
@@ -190,6 +193,9 @@ class Tuning(Settings):
     gpus: int = Field(
         1, ge=1, le=8, description="GPUs of one node that tune one adapter together; more are faster, with one result."
     )
+    nodes: int = Field(
+        1, ge=1, le=16, description="Nodes that tune one adapter together, each with `gpus` of its GPUs; one result."
+    )
     deadline_hours: float = Field(24, gt=0, le=720, description="A Job that takes longer is stopped as failed.")
     retries: int = Field(3, ge=0, le=20, description="New pods after a failure; evictions do not count.")
 
@@ -212,6 +218,12 @@ class Serving(EngineSettings):
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}")
         return self
+
+
+class ClientTier(Tier):
+    """Clients with the same limits. `standard` is the tier of all that no other one names."""
+
+    clients: tuple[str, ...] = Field((), description="Keys of `api_keys` that have these limits.")
 
 
 class Stress(LoadSettings):
@@ -251,6 +263,17 @@ class Retention(Settings):
     log_days: int = Field(30, ge=30, le=730, description="Of the cluster's logs.")
 
 
+class Prices(Settings):
+    """What you pay where it is not the list price, or where `infra/prices.csv` has none. USD an hour by VM size."""
+
+    usd_per_hour: dict[VmSize, UsdPerHour] = Field(
+        default_factory=dict, description="By VM size, pay as you go: your contract's, or where no list price is known."
+    )
+    spot_usd_per_hour: dict[VmSize, UsdPerHour] = Field(
+        default_factory=dict, description="By VM size, as spot: today's, which the portal shows."
+    )
+
+
 class Environment(Settings):
     """All settings of one environment: the `drydock:` keys of `Pulumi.<stack>.yaml`."""
 
@@ -269,9 +292,13 @@ class Environment(Settings):
     serving: Serving = Field(description="The replicas.")
     stress: Stress = Field(default_factory=Stress, description="The stress test, off by default.")
     retention: Retention = Field(default_factory=Retention, description="How long things stay.")
+    prices: Prices = Field(default_factory=Prices, description="What VM sizes cost you, for the estimate of the cost.")
     grafana: bool = Field(True, description="A managed Grafana over the metrics.")
     api_keys: dict[str, SecretStr] = Field(
         default_factory=dict, description="Clients and their keys. Secret: pulumi config set --secret --path."
+    )
+    tiers: dict[TierName, ClientTier] = Field(
+        default_factory=dict, description="Limits of clients, by tier; running replicas follow within a minute or two."
     )
     huggingface_token: SecretStr | None = Field(None, description="For gated models, such as Llama. Secret.")
 
@@ -286,6 +313,13 @@ class Environment(Settings):
         client = self.stress.client or (next(iter(self.api_keys)) if len(self.api_keys) == 1 else None)
         return self.api_keys.get(client) if client else None
 
+    def tier_of(self, client: str) -> tuple[str, Tier]:
+        """Name and limits of the tier of one of the `api_keys`."""
+        for name, tier in self.tiers.items():
+            if client in tier.clients:
+                return name, tier
+        return STANDARD, self.tiers.get(STANDARD, ClientTier())
+
     @property
     def max_lora_rank(self) -> int:
         """The largest rank among the adapters, which every replica has room for."""
@@ -294,7 +328,8 @@ class Environment(Settings):
     @property
     def other_gpus(self) -> int:
         """GPUs of the serving pool that tuning Jobs may hold: those of a Job an adapter, where they share the pool."""
-        return len(self.adapters) * self.tuning.gpus if self.tuning.pool == self.serving.pool else 0
+        each = self.tuning.nodes * self.tuning.gpus
+        return len(self.adapters) * each if self.tuning.pool == self.serving.pool else 0
 
 
 SECRETS = {"api_keys": "--path 'drydock:api_keys.CLIENT'", "huggingface_token": "drydock:huggingface_token"}
@@ -402,6 +437,7 @@ def inconsistencies(env: Environment) -> list[str]:
                     f"tuning.gpus: {env.tuning.gpus} GPUs of one node, but {name} of pool {env.tuning.pool} has {has}: "
                     f"lower it{_with_gpus(sku(name), env.tuning.gpus)}"
                 )
+        found += _nodes_together(env)
     if env.serving.pool in env.pools:
         pool_settings = env.pools[env.serving.pool]
         room = pool_settings.max_nodes * pool_settings.sku.gpus
@@ -419,7 +455,51 @@ def inconsistencies(env: Environment) -> list[str]:
         found.append(f"base.served_name: {env.base.served_name} is also the name of an adapter: choose another")
     if env.cluster.tier == "Free" and env.serving.min_replicas >= 3:
         found.append("cluster.tier: Free has no SLA and a weak control plane: set Standard for three replicas or more")
+    found += _tiers(env)
     return [*found, *(_stress(env) if env.stress.run else ())]
+
+
+def _tiers(env: Environment) -> Iterator[str]:
+    """What in the tiers could not hold."""
+    of_client: dict[str, str] = {}
+    for name, tier in env.tiers.items():
+        if name == STANDARD and tier.clients:
+            yield f"tiers.{name}.clients: all that no other tier names are in it: leave clients out"
+        elif name != STANDARD and not tier.clients:
+            yield f"tiers.{name}.clients: nobody is in this tier: name keys of api_keys, or remove it"
+        for client in tier.clients:
+            if client not in env.api_keys:
+                known = ", ".join(env.api_keys) or "none yet"
+                yield f"tiers.{name}.clients: {client} is not among the api_keys ({known})"
+            elif client in of_client:
+                yield f"tiers.{name}.clients: {client} is in tier {of_client[client]} as well: keep it in one"
+            of_client.setdefault(client, name)
+        for field in ("prompt_tokens", "output_tokens"):
+            limit = getattr(tier, field)
+            if limit is not None and limit >= env.serving.max_model_len:
+                yield (
+                    f"tiers.{name}.{field}: {limit} limits nothing, as prompt and answer together have "
+                    f"serving.max_model_len = {env.serving.max_model_len} tokens: lower it, or leave it out"
+                )
+
+
+def _nodes_together(env: Environment) -> Iterator[str]:
+    """Whether the tuning pool can have the nodes that one Job needs at the same time."""
+    tuning, jobs = env.tuning, max(1, len(env.adapters))
+    if tuning.nodes == 1:
+        return
+    pool, replicas = env.pools[tuning.pool], env.serving.min_replicas if tuning.pool == env.serving.pool else 0
+    # Pods are placed one by one. Every Job may hold all of its nodes but one and wait for that one; with one node more
+    # than these, one of the Jobs gets what it needs, ends, and the next one does.
+    least = jobs * (tuning.nodes - 1) + 1
+    least = max(least, math.ceil((least * tuning.gpus + replicas) / min(sku(name).gpus for name in pool.sizes)))
+    if pool.max_nodes < least:
+        why = f" for each of {jobs} adapters, whose Jobs could keep the last one from each other," if jobs > 1 else ""
+        beside = f" beside {replicas} replicas" if replicas else ""
+        yield (
+            f"tuning.nodes: {tuning.nodes} nodes{why} need {least} in pool {tuning.pool}{beside}, which has "
+            f"{pool.max_nodes} at most: raise pools.{tuning.pool}.max_nodes or lower it"
+        )
 
 
 def _with_gpus(size: Sku, gpus: int) -> str:
@@ -441,6 +521,8 @@ def _stress(env: Environment) -> Iterator[str]:
         yield f"stress.client: {stress.client} is not among the api_keys ({clients})"
     elif env.stress_key is None:
         yield f"stress.client: required with several api_keys: one of {clients}"
+    else:
+        yield from _stress_tier(env)
     if not env.adapters:
         yield "stress.run: its prompts come from the adapters' datasets, and there is no adapter: add one, or remove it"
     for model in stress.models or ():
@@ -452,6 +534,23 @@ def _stress(env: Environment) -> Iterator[str]:
             f"(prompt_tokens, long_multiplier, max_tokens), but serving.max_model_len is {env.serving.max_model_len}: "
             "lower them"
         )
+
+
+def _stress_tier(env: Environment) -> Iterator[str]:
+    """Where the stress test would measure how its own client is refused."""
+    client = env.stress.client or next(iter(env.api_keys))
+    name, tier = env.tier_of(client)
+    where, stress = f"stress.client: {client} is in tier {name}, whose", env.stress
+    if tier.concurrency is not None and tier.concurrency * env.serving.min_replicas < stress.users:
+        yield (
+            f"{where} concurrency of {tier.concurrency} on each of {env.serving.min_replicas} replicas is below "
+            f"stress.users = {stress.users}: ask with another client, or with fewer users"
+        )
+    longest = stress.longest_tokens - stress.max_tokens
+    if tier.prompt_tokens is not None and tier.prompt_tokens < longest:
+        yield f"{where} prompt_tokens of {tier.prompt_tokens} are below the {longest} of the test's longest prompts"
+    if tier.output_tokens is not None and tier.output_tokens < stress.max_tokens:
+        yield f"{where} output_tokens of {tier.output_tokens} are below stress.max_tokens = {stress.max_tokens}"
 
 
 def _parsed(value: Any) -> Any:
