@@ -1,4 +1,4 @@
-"""The request layer inside the vLLM process (`--middleware`): routes, keys, aliases, readiness. No hop of its own.
+"""The request layer inside the vLLM process (`--middleware`): routes, keys, limits, aliases, readiness. No extra hop.
 
 vLLM serves far more routes than clients need, some of which load adapters or run arbitrary RPCs, and its API key
 guards only a part of them. Here a route is closed unless this file opens it.
@@ -6,8 +6,10 @@ guards only a part of them. Here a route is closed unless this file opens it.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import logging
 import os
 import re
 import time
@@ -15,15 +17,22 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from serving.keys import Keys, without_key
+from serving import requests
+from serving.admission import Admission
+from serving.errors import Refusal
+from serving.heartbeat import Heartbeat
+from serving.keys import ANYONE, Caller, Keys, without_key
 from serving.state import TOKEN_HEADER, Aliases, AliasReader, loaded_name, new_boot, prepare, read_token
+from serving.traffic import IN_FLIGHT, STALLED, Answer
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-GENERATE = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
+GENERATE = {("POST", requests.CHAT), ("POST", requests.COMPLETIONS)}
 OPEN = GENERATE | {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics")}
 # Azure OpenAI's paths of the same routes (its REST reference, data plane): its newer ones and, with a deployment in the
 # path that stands for the model, those that its clients have asked for since 2023. `api-version` is taken and ignored.
@@ -32,12 +41,11 @@ AZURE = re.compile(
 )
 AZURE_MODELS = ("/openai/v1/models", "/openai/models")
 DEPLOYMENT = b"x-drydock-deployment"  # the deployment's name, where serving/front.cfg has already changed the path
-KEYED = GENERATE | {("GET", "/v1/models")}  # the others are for kubelet and Prometheus, which have no key
 SIDECAR_ONLY = {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")}
 
-# Seen with vLLM 0.32 and --enable-lora: prompt log-probabilities beside another request in the batch end in a shape
-# error in the LoRA logits layer that stops the engine, and with it every request of the replica.
-NO_PROMPT_LOGPROBS = "prompt_logprobs, and echo with logprobs, are not served here; logprobs of the answer are"
+BODY_SECONDS = 30.0
+"""For a whole request body to arrive."""
+BEAT_SECONDS = 1.0
 
 
 class RequestLayer:
@@ -48,6 +56,9 @@ class RequestLayer:
         folder = Path(os.environ["DRYDOCK_STATE"])
         self.base_name = os.environ["DRYDOCK_BASE_NAME"]
         self.max_request_bytes = int(os.environ["DRYDOCK_MAX_REQUEST_BYTES"])
+        self.max_model_len = int(os.environ["DRYDOCK_MAX_MODEL_LEN"])
+        self.admission = Admission(int(os.environ["DRYDOCK_MAX_NUM_SEQS"]))
+        self.heartbeat = Heartbeat(float(os.environ["DRYDOCK_STALL_SECONDS"]))
         prepare(folder)
         self.token = read_token(folder).encode()
         self.aliases = AliasReader(folder, new_boot(folder))
@@ -57,7 +68,7 @@ class RequestLayer:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
+                await self._live(scope, receive, send)
             return  # a websocket is closed by not being answered: no client of the OpenAI API needs one here
         scope, deployment = _as_openai(scope)
         route = (scope["method"], scope["path"])
@@ -65,27 +76,59 @@ class RequestLayer:
         if given and hmac.compare_digest(given, self.token) and route in OPEN | SIDECAR_ONLY:
             await self.app(scope, receive, send)
         elif route not in OPEN:
-            await _error(send, 404, f"{route[0]} {route[1]} is not served here", "not_found")
-        elif self.keys and route in KEYED and (refusal := self.keys.refusal(scope["headers"])):
-            code = "401" if deployment else "invalid_api_key"  # as Azure says it
-            await _error(send, 401, refusal, code, (b"www-authenticate", b"Bearer"))
-        elif route == ("GET", "/ready"):
-            await self._ready(send)
-        elif route == ("GET", "/v1/models"):
-            await _json(send, 200, {"object": "list", "data": self._models(self.aliases.current())})
+            await _refuse(send, Refusal(404, f"{route[0]} {route[1]} is not served here", "not_found"))
         elif route in GENERATE:
             await self._generate(scope, receive, send, deployment)
+        elif route == ("GET", "/v1/models"):
+            try:
+                self._caller(scope, azure=False)
+            except Refusal as refusal:
+                return await _refuse(send, refusal)
+            await _json(send, 200, {"object": "list", "data": self._models(self.aliases.current())})
+        elif route == ("GET", "/ready"):
+            await self._ready(send)
+        elif route == ("GET", "/health") and self.heartbeat.stalled:
+            await _json(send, 503, {"stalled_seconds": round(self.heartbeat.look(self.admission.in_flight), 1)})
         else:
             await self.app(scope, receive, send)
 
+    def _caller(self, scope: Message, *, azure: bool) -> Caller:
+        """Who asks. Raises `Refusal` (401) for who has no key of ours; its code is Azure's own for its clients."""
+        if self.keys is None:
+            return ANYONE
+        caller = self.keys.caller(scope["headers"])
+        if isinstance(caller, str):
+            raise Refusal(401, caller, "401" if azure else "invalid_api_key")
+        return caller
+
+    async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
+        """The server's whole life, with the engine's heart felt each second beside it."""
+        beat = asyncio.create_task(self._beat())
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            beat.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            stalled = self.heartbeat.stalled
+            STALLED.set(seconds := self.heartbeat.look(self.admission.in_flight))
+            if self.heartbeat.stalled and not stalled:
+                log.error("the engine has made no step for %.0f s with %d requests in flight: not ready, and /health "
+                          "fails until it does", seconds, self.admission.in_flight)  # fmt: skip
+            elif stalled and not self.heartbeat.stalled:
+                log.warning("the engine moves again")
+            await asyncio.sleep(BEAT_SECONDS)
+
     async def _ready(self, send: Send) -> None:
         current = self.aliases.current()
+        ready = current.ready and not self.heartbeat.stalled
         body = {
-            "ready": current.ready,
+            "ready": ready,
             "adapters": {alias: served.version for alias, served in current.aliases.items()},
             "refused": current.refused,
         }
-        await _json(send, 200 if current.ready else 503, body)
+        await _json(send, 200 if ready else 503, body)
 
     def _models(self, current: Aliases) -> list[dict[str, Any]]:
         base = {"id": self.base_name, "object": "model", "created": int(time.time()), "owned_by": "drydock"}
@@ -104,36 +147,102 @@ class RequestLayer:
         return [base, *adapters]
 
     async def _generate(self, scope: Message, receive: Receive, send: Send, deployment: str | None) -> None:
-        """Check the body's `model` and put the loaded version in place of the alias. A `deployment` is that alias."""
-        body = await _body(receive, self.max_request_bytes)
-        if body is None:
-            message = f"the request body exceeds {self.max_request_bytes:,} bytes"
-            return await _error(send, 413, message, "request_too_large")
+        """Answer one request for text, or say why not; either way it is counted. A `deployment` is Azure's model."""
+        answer = Answer(send)
+        heard = _Heard(receive)
         try:
-            request = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            return await _error(send, 400, f"the request body is not JSON: {error}", "invalid_json")
-        if deployment and isinstance(request, dict):
-            request["model"] = deployment
-            body = json.dumps(request).encode()
-        if not isinstance(request, dict) or not isinstance(request.get("model"), str):
-            return await _error(send, 400, "the request body needs a string `model`", "missing_model")
-        if request.get("prompt_logprobs") is not None or (request.get("echo") and request.get("logprobs") is not None):
-            return await _error(send, 400, NO_PROMPT_LOGPROBS, "unsupported_parameter")
-        current = self.aliases.current()
-        names = {alias: loaded_name(alias, served.version) for alias, served in current.aliases.items()}
-        model = request["model"]
+            caller = self._caller(scope, azure=deployment is not None)
+            answer.tier = caller.tier
+            self.admission.enter(caller)
+            in_flight = IN_FLIGHT.labels(caller.tier)
+            in_flight.inc()
+            try:
+                request = await self._read(heard)
+                if deployment:
+                    request["model"] = deployment
+                route = scope["path"]
+                answer.model = self._resolve(request, azure=deployment is not None)
+                requests.check(request, route, caller.limits, self.max_model_len)
+                body = requests.dump(request)
+                await self._measure(scope, request, body, caller)
+                forwarded = _resized(scope, body)
+                if self.keys:
+                    forwarded["headers"] = without_key(forwarded["headers"])
+                await self.app(forwarded, heard.replaying(body), answer)
+            finally:
+                self.admission.leave(caller)
+                in_flight.dec()
+        except Refusal as refusal:
+            answer.outcome = None if heard.gone else refusal.code
+            await _refuse(send, refusal)
+        finally:
+            answer.count(heard.gone)
+
+    async def _read(self, heard: _Heard) -> dict[str, Any]:
+        """The body as an object with a `model`, which may be None. Raises `Refusal` (400, 408, 413)."""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(heard, self.max_request_bytes)
+        except TimeoutError:
+            raise Refusal(408, f"the request did not arrive within {BODY_SECONDS:.0f} s", "timeout") from None
+        return requests.parse(body)
+
+    def _resolve(self, request: dict[str, Any], *, azure: bool) -> str:
+        """Put the loaded version in place of the alias in `model`; the name it is counted by. Raises `Refusal`."""
+        model = request.get("model")
+        if not isinstance(model, str):
+            raise Refusal(400, "the request body needs a string `model`", "missing_model", param="model")
+        aliases = self.aliases.current().aliases
+        names = {alias: loaded_name(alias, served.version) for alias, served in aliases.items()}
         if model in names:
             request["model"] = names[model]
-            body = json.dumps(request).encode()
-        elif model != self.base_name and model not in names.values():
-            known = ", ".join([self.base_name, *names])
-            what, code = ("deployment", "DeploymentNotFound") if deployment else ("model", "model_not_found")
-            return await _error(send, 404, f"{what} {model!r} does not exist; served here: {known}", code)
-        forwarded = _resized(scope, body)
-        if self.keys:
-            forwarded["headers"] = without_key(forwarded["headers"])
-        await self.app(forwarded, _replay(body, receive), send)
+            return model
+        if model == self.base_name:
+            return model
+        for alias, name in names.items():
+            if model == name:
+                return alias
+        known = ", ".join([self.base_name, *names])
+        what, code = ("deployment", "DeploymentNotFound") if azure else ("model", "model_not_found")
+        raise Refusal(404, f"{what} {model!r:.200} does not exist; served here: {known}", code, param="model")
+
+    async def _measure(self, scope: Message, request: dict[str, Any], body: bytes, caller: Caller) -> None:
+        """Hold the prompts against the caller's limit and the context. Raises `Refusal` (400) with both figures.
+
+        Only a body long enough to exceed it is tokenised, by vLLM itself: as it will be, template and all.
+        """
+        limit = min(caller.limits.prompt_tokens or self.max_model_len, self.max_model_len - 1)
+        if not requests.may_exceed(body, limit):
+            return
+        route = scope["path"]
+        tokens = requests.longest_given(request)
+        for asked in requests.tokenize_requests(request, route):
+            if requests.may_exceed(data := requests.dump(asked), limit):
+                tokens = max(tokens, await self._count(scope, data))
+        if tokens > limit:
+            raise requests.too_long(tokens, limit, self.max_model_len, route)
+
+    async def _count(self, scope: Message, body: bytes) -> int:
+        """Tokens of what /tokenize is asked; 0 where it refuses, for vLLM will say why when it gets the request."""
+        parts: list[bytes] = []
+        status = 0
+        given = asyncio.Event()
+
+        async def receive() -> Message:
+            if given.is_set():  # vLLM listens for a client that leaves; this one stays
+                await asyncio.get_running_loop().create_future()
+            given.set()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            parts.append(message.get("body", b""))
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        inner = {**scope, "path": "/tokenize", "raw_path": b"/tokenize", "query_string": b"", "headers": headers}
+        await self.app(inner, receive, note)
+        return int(json.loads(b"".join(parts))["count"]) if status == 200 else 0
 
 
 def _as_openai(scope: Message) -> tuple[Message, str | None]:
@@ -150,8 +259,34 @@ def _as_openai(scope: Message) -> tuple[Message, str | None]:
     return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}, deployment
 
 
-async def _body(receive: Receive, limit: int) -> bytes | None:
-    """The whole request body, or None as soon as it exceeds `limit` bytes."""
+class _Heard:
+    """A `receive` that notes when the client leaves."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.gone = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self.gone = self.gone or message["type"] == "http.disconnect"
+        return message
+
+    def replaying(self, body: bytes) -> Receive:
+        """One that gives `body` first and then waits for the real one, which tells when the client leaves."""
+        given = False
+
+        async def replayed() -> Message:
+            nonlocal given
+            if given:
+                return await self()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return replayed
+
+
+async def _body(receive: Receive, limit: int) -> bytes:
+    """The whole body, empty when the client left. Raises `Refusal` (413) as soon as it exceeds `limit` bytes."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -160,7 +295,7 @@ async def _body(receive: Receive, limit: int) -> bytes | None:
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
-            return None
+            raise Refusal(413, f"the request body exceeds {limit:,} bytes", "request_too_large")
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)
@@ -173,28 +308,15 @@ def _resized(scope: Message, body: bytes) -> Message:
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` first and then waits for the real one, which tells when the client leaves."""
-    given = False
-
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    await _send(send, refusal.status, refusal.body, *refusal.headers)
 
 
-async def _error(send: Send, status: int, message: str, code: str, *headers: tuple[bytes, bytes]) -> None:
-    """An answer in the shape of OpenAI's errors."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    await _json(send, status, {"error": error}, *headers)
+async def _json(send: Send, status: int, value: Any) -> None:
+    await _send(send, status, json.dumps(value).encode())
 
 
-async def _json(send: Send, status: int, value: Any, *more: tuple[bytes, bytes]) -> None:
-    body = json.dumps(value).encode()
+async def _send(send: Send, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

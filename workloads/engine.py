@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pulumi
 from pulumi_kubernetes import apps, core, meta, policy, scheduling
 from pydantic import SecretStr
 
-from infra.settings import Base, GpuPool, Serving
-from serving.spec import EngineSettings, ServingSpec
+from infra.settings import Base, ClientTier, GpuPool, Serving
+from serving.spec import STANDARD, EngineSettings, ServingSpec
 from workloads.metrics import SIDECAR_PORT, scraped
 from workloads.mirror import BASE_WAIT_SECONDS, BYTES_PER_PARAMETER
 from workloads.namespaces import SERVING
@@ -110,12 +110,18 @@ def serving_spec(settings: Serving, base: Base, *, store: str, adapters: Sequenc
     return spec.model_dump_json(indent=2)
 
 
-def keys_json(api_keys: Mapping[str, SecretStr]) -> str:
-    """Client names with the SHA-256 of their keys: the keys themselves go no further than this."""
-    hashes = {
-        client: hashlib.sha256(key.get_secret_value().encode()).hexdigest() for client, key in sorted(api_keys.items())
+def keys_json(api_keys: Mapping[str, SecretStr], tiers: Mapping[str, ClientTier]) -> str:
+    """What serving/keys.py reads: clients with the SHA-256 of their keys, which go no further than this, and tiers."""
+    of_client = {client: name for name, tier in tiers.items() for client in tier.clients}
+    clients = {
+        client: {
+            "sha256": hashlib.sha256(key.get_secret_value().encode()).hexdigest(),
+            "tier": of_client.get(client, STANDARD),
+        }
+        for client, key in sorted(api_keys.items())
     }
-    return json.dumps(hashes, indent=2)
+    limits = {name: tier.model_dump(exclude={"clients"}, exclude_defaults=True) for name, tier in sorted(tiers.items())}
+    return json.dumps({"tiers": limits, "clients": clients}, indent=2)
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class EngineArgs:
     adapters: tuple[str, ...]
     max_lora_rank: int
     api_keys: Mapping[str, SecretStr]
+    tiers: Mapping[str, ClientTier] = field(default_factory=dict)
     other_gpus: int = 0
     namespace: pulumi.Input[str] = SERVING
     service_account: pulumi.Input[str] = "serving"
@@ -173,7 +180,7 @@ class Engine(pulumi.ComponentResource):
         keys = core.v1.Secret(
             f"{name}-api-keys",
             metadata=meta.v1.ObjectMetaArgs(name="api-keys", namespace=args.namespace),
-            string_data={"keys.json": pulumi.Output.secret(keys_json(args.api_keys))},
+            string_data={"keys.json": pulumi.Output.secret(keys_json(args.api_keys, args.tiers))},
             opts=child,
         )
         priority = scheduling.v1.PriorityClass(

@@ -51,6 +51,7 @@ class Serving(pulumi.ComponentResource):
                 adapters=tuple(env.adapters),
                 max_lora_rank=env.max_lora_rank,
                 api_keys=env.api_keys,
+                tiers=env.tiers,
                 other_gpus=env.other_gpus,
                 namespace=args.namespace,
                 service_account=args.service_account,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -93,13 +94,21 @@ class Replica:
         """A client with the sidecar's token."""
         return Engine(self.url, read_token(self.state))
 
-    def chat(self, model: str, text: str, **more: object) -> httpx.Response:
+    def chat(self, model: str, text: str, *, key: str = "any", **more: object) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 48}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, timeout=60)
+        return self.post("/v1/chat/completions", body | more, key=key)
+
+    def post(self, path: str, body: object, *, key: str = "any") -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+
+    def models(self) -> dict[str, dict[str, object]]:
+        """What clients see at /v1/models, by name."""
+        listed = httpx.get(f"{self.url}/v1/models", headers={"api-key": "any"}, timeout=10).json()["data"]
+        return {model["id"]: model for model in listed}
 
     def start_engine(self) -> None:
         command = [sys.executable, "-m", "serving", "engine", "--spec", str(self.spec), "--state", str(self.state)]
-        command += ["--port", self.url.rpartition(":")[2]]
+        command += ["--port", self.url.rpartition(":")[2], "--api-keys", str(self.spec.parent / "keys.json")]
         with (self.logs / "engine.log").open("ab") as log:
             self.engine = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
 
@@ -112,6 +121,14 @@ class Replica:
                 return False
 
         return wait_until(up, 240, "replica ready")
+
+
+# Clients by their keys. `any` has the limits of who is in no tier.
+KEYS: dict[str, dict[str, object]] = {
+    "any": {},
+    "low": {"prompt_tokens": 200, "output_tokens": 20, "n": 2, "concurrency": 2},
+    "crowd": {"waiting": 2},
+}
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +149,8 @@ def replica(work: Path) -> Iterator[Replica]:
         "shutdown_timeout_seconds": 5,
     }
     spec.write_text(json.dumps(settings))
+    entries = {key: {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tier": f"tier-{key}"} for key in KEYS}
+    write_json(work / "keys.json", {"tiers": {f"tier-{key}": tier for key, tier in KEYS.items()}, "clients": entries})
     port = free_ports(1)[0]
     state = work / "state"
     command = [sys.executable, "-m", "serving", "sidecar", "--spec", str(spec), "--state", str(state)]

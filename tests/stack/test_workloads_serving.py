@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
-from infra.settings import Base, GpuPool, Serving
+from infra.settings import Base, ClientTier, GpuPool, Serving
 from serving.__main__ import main as serving_command
-from serving.spec import ServingSpec
+from serving.keys import NONE_CONFIGURED, Keys
+from serving.spec import ServingSpec, Tier
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, deploy
 from workloads.engine import (
@@ -146,9 +148,20 @@ def test_the_command_line_takes_these_arguments(name: str, capsys: pytest.Captur
 def test_only_the_hash_of_a_key_leaves_and_that_as_a_secret() -> None:
     given = usual().one(":Secret").inputs["stringData"]
     assert SECRET.items() <= given.items()
-    assert json.loads(given["value"]["keys.json"]) == {"team-a": hashlib.sha256(b"plain-key").hexdigest()}
+    clients = {"team-a": {"sha256": hashlib.sha256(b"plain-key").hexdigest(), "tier": "standard"}}
+    assert json.loads(given["value"]["keys.json"]) == {"tiers": {}, "clients": clients}
     assert all("plain-key" not in json.dumps(item.inputs) for item in usual().resources)
-    assert keys_json({}) == "{}"
+
+
+def test_the_engine_reads_clients_and_tiers_as_the_stack_writes_them(tmp_path: Path) -> None:
+    keys = {name: SecretStr(f"key of {name}") for name in ("web", "nightly")}
+    tiers = {"batch": ClientTier(clients=("nightly",), output_tokens=512), "standard": ClientTier(n=2)}
+    (tmp_path / "keys.json").write_text(keys_json(keys, tiers))
+    known = Keys(tmp_path / "keys.json")
+    assert known.caller([(b"api-key", b"key of web")]) == ("web", "standard", Tier(n=2))
+    assert known.caller([(b"api-key", b"key of nightly")]) == ("nightly", "batch", Tier(output_tokens=512))
+    (tmp_path / "keys.json").write_text(keys_json({}, {}))
+    assert known.caller([(b"api-key", b"key of web")]) == NONE_CONFIGURED
 
 
 def test_base_first_then_the_sidecar_that_outlives_the_engine() -> None:

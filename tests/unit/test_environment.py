@@ -198,6 +198,46 @@ def test_a_stress_test_that_cannot_run_is_told(tmp_path: Path, stress: str, keys
     assert f"Pulumi.dev.yaml:23: {told}" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("tiers", "told"),
+    [
+        ('{"low": {"clients": ["c"]}}', "tiers.low.clients: c is not among the api_keys (a, b)"),
+        ('{"low": {}}', "tiers.low.clients: nobody is in this tier: name keys of api_keys, or remove it"),
+        ('{"standard": {"clients": ["a"]}}', "tiers.standard.clients: all that no other tier names are in it: leave clients out"),
+        ('{"low": {"clients": ["a"]}, "high": {"clients": ["a"]}}', "tiers.high.clients: a is in tier low as well: keep it in one"),
+        ('{"low": {"clients": ["a"], "prompt_tokens": 4096}}', "tiers.low.prompt_tokens: 4096 limits nothing"),
+        ('{"standard": {"output_tokens": 9999}}', "as prompt and answer together have serving.max_model_len = 4096 tokens"),
+        ('{"low": {"clients": ["a"], "out_tokens": 9}}', "tiers.low.out_tokens: unknown setting; did you mean output_tokens?"),
+        ('{"Low!": {"clients": ["a"]}}', "string should match pattern"),
+        ('{"low": {"clients": ["a"], "kv_cache": 1.5}}', "tiers.low.kv_cache: should be less than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_tier_that_cannot_hold_is_told(tiers: str, told: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        environment(tiers=tiers, **TWO_KEYS)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tier", "told"),
+    [
+        ('{"concurrency": 10}', "is in tier standard, whose concurrency of 10 on each of 2 replicas is below stress.users = 100"),
+        ('{"prompt_tokens": 700}', "whose prompt_tokens of 700 are below the 800 of the test's longest prompts"),
+        ('{"output_tokens": 63}', "whose output_tokens of 63 are below stress.max_tokens = 64"),
+    ],
+)  # fmt: skip
+def test_a_stress_test_that_would_measure_its_own_limits_is_told(tier: str, told: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        environment(tiers=f'{{"standard": {tier}}}', stress='{"run": "1"}', **ONE_KEY)
+    assert told in str(caught.value)
+
+
+def test_a_client_has_the_limits_of_its_tier() -> None:
+    env = environment(tiers='{"low": {"clients": ["b"], "n": 1}}', **TWO_KEYS)
+    assert env.tier_of("b")[0] == "low" and env.tier_of("b")[1].n == 1
+    assert env.tier_of("a")[0] == "standard"
+
+
 def test_a_stress_test_without_an_adapter_has_no_prompts() -> None:
     with pytest.raises(SettingsError) as error:
         environment(adapters="{}", stress='{"run": "1"}', **ONE_KEY)

@@ -1,0 +1,167 @@
+"""The limits of a client's tier on the real engine: counted as it counts, refused as OpenAI says it, seen on /metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.contract.conftest import Replica, wait_until
+
+LONG = "kubectl get pods --all-namespaces " * 20  # some hundreds of tokens of the rehearsal's tokenizer
+
+
+def client(replica: Replica, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{replica.url}/v1", api_key=key, max_retries=0)
+
+
+def counted(replica: Replica, **labels: str) -> float:
+    """Sum of drydock_requests_total over the series with these labels."""
+    total = 0.0
+    for line in httpx.get(f"{replica.url}/metrics", timeout=10).text.splitlines():
+        if line.startswith("drydock_requests_total{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
+            total += float(line.rpartition(" ")[2])
+    return total
+
+
+def test_a_long_prompt_is_refused_with_the_count_that_the_engine_itself_would_bill(replica: Replica) -> None:
+    answered = replica.chat("base", LONG, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert answered > 200
+    before = counted(replica, tier="tier-low", model="base", outcome="context_length_exceeded")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client(replica, "low").chat.completions.create(model="base", messages=[{"role": "user", "content": LONG}])
+    assert refused.value.code == "context_length_exceeded"
+    assert f"is 200 tokens; yours has {answered:,}" in str(refused.value)
+    assert counted(replica, tier="tier-low", model="base", outcome="context_length_exceeded") == before + 1
+
+
+def test_a_prompt_is_measured_in_tokens_not_in_bytes(replica: Replica) -> None:
+    """Five times as many bytes as tokens are allowed, and fewer tokens."""
+    text = "kubectl get pods " * 30
+    tokens = replica.post("/v1/completions", {"model": "base", "prompt": text, "max_tokens": 1}).json()["usage"]
+    reply = replica.post("/v1/completions", {"model": "base", "prompt": text, "max_tokens": 1}, key="low")
+    assert reply.status_code == (200 if tokens["prompt_tokens"] <= 200 else 400)
+    short = {"model": "base", "prompt": "kubectl " * 60, "max_tokens": 1}
+    reply = replica.post("/v1/completions", short, key="low")
+    assert reply.status_code == 200 and reply.json()["usage"]["prompt_tokens"] < len("kubectl " * 60) / 2
+    ids = {"model": "base", "prompt": [5] * 201, "max_tokens": 1}
+    assert replica.post("/v1/completions", ids, key="low").json()["error"]["code"] == "context_length_exceeded"
+    assert replica.post("/v1/completions", ids | {"prompt": [5] * 200}, key="low").status_code == 200
+
+
+def test_the_context_is_the_limit_of_those_who_have_no_other(replica: Replica) -> None:
+    reply = replica.chat("base", LONG * 10)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["type"], error["param"]) == (
+        400, "context_length_exceeded", "invalid_request_error", "messages",
+    )  # fmt: skip
+    told = re.search(r"maximum context length is 1,024 tokens, .* your prompt has ([0-9,]+)", error["message"])
+    assert told and int(told[1].replace(",", "")) > 1024
+
+
+def test_at_the_edge_of_the_context_layer_and_engine_agree(replica: Replica) -> None:
+    for tokens, status in ((1023, 200), (1024, 400)):
+        body = {"model": "base", "prompt": [5] * tokens, "max_tokens": 1, "ignore_eos": True}
+        assert replica.post("/v1/completions", body).status_code == status, tokens
+
+
+def test_an_answer_ends_at_the_longest_that_the_tier_allows(replica: Replica) -> None:
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    assert replica.post("/v1/chat/completions", body, key="low").json()["usage"]["completion_tokens"] == 20
+    refused = replica.post("/v1/chat/completions", body | {"max_completion_tokens": 21}, key="low").json()["error"]
+    assert refused["message"] == "max_completion_tokens is too large: 21; at most 20 tokens are answered"
+    reply = replica.post("/v1/chat/completions", body | {"n": 3}, key="low")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")
+
+
+def test_more_at_once_than_the_tier_allows_is_429_until_one_has_ended(replica: Replica) -> None:
+    body = {"model": "base", "prompt": "x", "max_tokens": 20, "ignore_eos": True, "stream": True}
+    headers = {"api-key": "low"}
+    slow = body | {"max_tokens": 900}
+    with httpx.Client(base_url=replica.url, timeout=60) as http:
+        with (
+            http.stream("POST", "/v1/completions", json=body | {"n": 2}, headers=headers) as one,
+            http.stream("POST", "/v1/completions", json=slow, headers={"api-key": "any"}),
+        ):
+            assert one.status_code == 200
+            # The first is over soon; a few at the same moment are not.
+            with ThreadPoolExecutor(6) as pool:
+                replies = list(pool.map(lambda _: replica.post("/v1/completions", body, key="low"), range(12)))
+        refused = [reply for reply in replies if reply.status_code == 429]
+        assert refused and len(refused) < 12
+        assert refused[0].headers["retry-after"] == "1"
+        error = refused[0].json()["error"]
+        assert (error["code"], error["type"]) == ("concurrency_limit_exceeded", "rate_limit_error")
+    assert replica.post("/v1/completions", body, key="low").status_code == 200
+
+
+def test_a_crowd_is_turned_away_and_the_others_are_served(replica: Replica) -> None:
+    """The engine computes 32 at once; of this tier two may wait."""
+    body = {"model": "base", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        replies.append(replica.post("/v1/completions", body, key="crowd"))
+
+    threads = [threading.Thread(target=ask) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: any(reply.status_code == 429 for reply in replies), 30, "somebody is turned away")
+    assert replica.chat("base", "hi", max_tokens=2).status_code == 200, "who is in a higher tier"
+    for thread in threads:
+        thread.join()
+    refused = [reply for reply in replies if reply.status_code == 429]
+    assert {reply.status_code for reply in replies} == {200, 429}
+    assert 20 <= len(refused) <= 26 or len(replies) - len(refused) >= 34, len(refused)
+    assert all(1 <= int(reply.headers["retry-after"]) <= 60 for reply in refused)
+    assert "waiting on this replica; the limit of tier tier-crowd is 2" in refused[0].json()["error"]["message"]
+    with pytest.raises(openai.RateLimitError):
+        raise client(replica, "crowd")._make_status_error_from_response(refused[0])
+
+
+def test_what_happened_is_on_metrics_by_alias_tier_and_outcome(replica: Replica) -> None:
+    before = counted(replica, tier="tier-any", model="base", outcome="ok")
+    replica.chat("base", "hi", max_tokens=2)
+    with httpx.stream(
+        "POST", f"{replica.url}/v1/chat/completions", headers={"api-key": "any"}, timeout=60,
+        json={"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "stream": True},
+    ) as reply:  # fmt: skip
+        assert [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    assert counted(replica, tier="tier-any", model="base", outcome="ok") == before + 2
+    with httpx.stream(
+        "POST", f"{replica.url}/v1/completions", headers={"api-key": "any"}, timeout=60,
+        json={"model": "base", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True},
+    ) as reply:  # fmt: skip
+        next(reply.iter_lines())
+    wait_until(lambda: counted(replica, tier="tier-any", outcome="client_gone") >= 1, 20, "who left is counted")
+    refused = httpx.post(f"{replica.url}/v1/completions", json={}, headers={"api-key": "guess"}, timeout=10)
+    assert refused.status_code == 401
+    assert counted(replica, outcome="invalid_api_key") >= 1
+    text = httpx.get(f"{replica.url}/metrics", timeout=10).text
+    for name in (
+        "drydock_time_to_first_token_seconds_bucket",
+        "drydock_request_seconds_sum",
+        "drydock_requests_in_flight",
+    ):
+        assert re.search(rf'^{name}{{.*tier="tier-any"', text, re.MULTILINE), name
+    assert re.search(r"^drydock_engine_stalled_seconds 0.0", text, re.MULTILINE)
+
+
+def test_an_answer_in_a_schema_is_in_that_schema(replica: Replica) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    answer: Any = client(replica, "any").chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "hi"}], max_tokens=40,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+    )  # fmt: skip
+    assert json.loads(answer.choices[0].message.content)["a"] in ("x", "y")
