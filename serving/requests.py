@@ -30,12 +30,14 @@ _CHAT_ONLY = """
 """
 _COMPLETIONS_ONLY = "prompt suffix"
 # OpenAI's that change nothing here, by what they mean or because there is only one way to do it.
-_WITHOUT_EFFECT = """
+WITHOUT_EFFECT = """
     metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity modalities
 """
+# What vllm-router 0.1.17 adds to every body, beside fields that vLLM knows and others that are false: dropped.
+_OF_THE_ROUTER = {"separate_reasoning": True, "stream_reasoning": True}
 FIELDS = {
-    CHAT: frozenset((_BOTH + _CHAT_ONLY + _WITHOUT_EFFECT).split()),
-    COMPLETIONS: frozenset((_BOTH + _COMPLETIONS_ONLY + _WITHOUT_EFFECT).split()),
+    CHAT: frozenset((_BOTH + _CHAT_ONLY + WITHOUT_EFFECT).split()),
+    COMPLETIONS: frozenset((_BOTH + _COMPLETIONS_ONLY + WITHOUT_EFFECT).split()),
 }
 
 DEEPEST = 64
@@ -125,8 +127,9 @@ def too_long(tokens: int, limit: int, max_model_len: int, route: str) -> Refusal
 def _fields(request: dict[str, Any], route: str) -> Iterator[Refusal]:
     known = FIELDS[route]
     # Routers and clients send defaults of their own; what asks for nothing is passed over, and goes no further.
-    for name in [name for name, value in request.items() if name not in known and _asks_nothing(value)]:
-        del request[name]
+    for name, value in list(request.items()):
+        if name not in known and (_asks_nothing(value) or _OF_THE_ROUTER.get(name) is value):
+            del request[name]
     unknown = [name for name in request if name not in known]
     if unknown:
         names = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in unknown[:10])

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import pytest
 
 from common.processes import free_ports
 from tests.contract.conftest import ROOT, wait_until
-from tests.contract.test_router import CHAT, KEYS, Quiet, Worker
+from tests.contract.test_router import CHAT, KEYS, REFUSAL, Quiet, Worker, serving
 
 CONFIG = ROOT / "serving" / "front.cfg"
 MISSING = [name for name in ("haproxy", "dumb-init") if shutil.which(name) is None]
@@ -144,18 +143,6 @@ def running_front(folder: Path, router_port: int, config: Path = CONFIG) -> Iter
         process.wait(10)
 
 
-@contextlib.contextmanager
-def serving(handler: type[Quiet], **state: object) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    vars(server).update(state)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.fixture(scope="module")
 def recorder() -> Iterator[Any]:
     with serving(Recorder, heard=Heard(), go=threading.Event(), hung_up=threading.Event()) as server:
@@ -183,7 +170,7 @@ def hasty(tmp_path_factory: pytest.TempPathFactory, recorder: Any) -> Iterator[F
     """The same with a second where a client has half a minute, so that the test need not wait for it."""
     folder = tmp_path_factory.mktemp("hasty")
     text = CONFIG.read_text()
-    for setting in ("timeout http-request", "timeout client", "wait-for-body time"):
+    for setting in ("timeout http-request", "timeout client", "http-request wait-for-body time"):
         text, count = re.subn(rf"{setting} \d+s", f"{setting} 1s", text)
         assert count == 1
     (folder / "front.cfg").write_text(text)
@@ -430,9 +417,12 @@ def test_at_sigterm_a_stream_ends_whole_and_nobody_new_comes_in(tmp_path: Path, 
 
 
 class Replica(Worker):
-    """Holds its streams after the first token, until the test lets them go on."""
+    """Holds its streams after the first token until the test lets them go on, or sheds load, as a header says."""
 
     def do_GET(self) -> None:
+        if "shed" in self.headers:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            return self.answer(429, REFUSAL, retry_after="7")
         if self.headers.get("hold") is None:
             return super().do_GET()
         self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -447,6 +437,22 @@ class Replica(Worker):
         return None
 
     do_POST = do_GET
+
+
+class Plain(Quiet):
+    """Stands for a router that has lost its replicas, with the words of vllm-router 0.1.17."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = b'No available workers (all "circuits" open or unhealthy)'
+        self.send_response(503)
+        self.send_header("content-type", "text/plain; charset=utf-8")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.answer(200, {})
 
 
 @pytest.fixture(scope="module")
@@ -493,6 +499,39 @@ def test_through_front_and_router_the_first_token_does_not_wait_for_the_last(pod
         assert next(parts) == b"data: 1\n\n"
         go.set()
         assert b"".join(parts) == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_through_front_and_router_a_429_arrives_as_it_is_and_shuts_nobody_out(
+    pod: tuple[Front, Any], stream: bool
+) -> None:
+    front, _ = pod
+    url = f"{front.url}/v1/chat/completions"
+    for _ in range(4):
+        started = time.monotonic()
+        reply = httpx.post(url, json=CHAT | {"stream": stream}, headers={"shed": "1"}, timeout=30)
+        assert time.monotonic() - started < 2
+        assert (reply.status_code, reply.json(), reply.headers["retry-after"]) == (429, REFUSAL, "7")
+        assert reply.headers["content-type"] == "application/json"
+    assert [httpx.post(url, json=CHAT, headers=KEYS[0], timeout=30).status_code for _ in range(4)] == [200] * 4
+
+
+@pytest.mark.parametrize("wrong", [{"stream": None}, {"n": -1}, {"seed": 2**64}, {"messages": 'x"\n\u00fc'}])
+def test_what_the_router_itself_refuses_is_told_as_openai_tells_it(pod: tuple[Front, Any], wrong: Any) -> None:
+    front, _ = pod
+    reply = httpx.post(f"{front.url}/v1/chat/completions", json=CHAT | wrong, headers=KEYS[0], timeout=30)
+    error = reply.json()["error"]
+    assert (reply.status_code, reply.headers["content-type"]) == (400, "application/json")
+    assert (error["code"], error["type"], error["param"]) == ("invalid_value", "invalid_request_error", None)
+    assert len(error["message"]) > 20
+
+
+def test_a_router_without_a_replica_says_so_as_openai_would(tmp_path: Path) -> None:
+    with serving(Plain) as router, running_front(tmp_path, router.server_port) as front:
+        reply = httpx.post(f"{front.url}/v1/chat/completions", json=CHAT, timeout=30)
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+        assert reply.json()["error"]["message"] == 'No available workers (all "circuits" open or unhealthy)'
+        assert reply.json()["error"]["type"] == "server_error"
 
 
 def test_the_router_refuses_what_announced_no_length_and_is_too_large(pod: tuple[Front, Any]) -> None:

@@ -1,7 +1,8 @@
-"""The real router before replicas that Kubernetes names: who gets requests, which headers arrive, what is counted."""
+"""The real router before replicas: who gets requests, how often, what arrives of them, and what is counted."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -9,9 +10,11 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,17 +26,21 @@ from tests.contract.conftest import ROOT, wait_until
 SECONDS = 20  # each change is seen within two; the rest is for a busy machine
 KEYS = ({"Authorization": "Bearer key-a"}, {"api-key": "key-a"})
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+REFUSAL = {"error": {"message": "no place for tier é", "type": "rate_limit_error", "param": None, "code": "busy"}}
+TRIES = 3
 
 
 class Quiet(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Any
 
-    def answer(self, status: int, value: Any) -> None:
+    def answer(self, status: int, value: Any, **headers: str) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
         self.end_headers()
         self.wfile.write(data)
 
@@ -63,6 +70,29 @@ class Worker(Quiet):
         for text in (b"data: 1\n\n", b"data: [DONE]\n\n", b""):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
         return None
+
+    do_POST = do_GET
+
+
+class Told(Quiet):
+    """Stands for a replica: ready, whatever else it answers. The test says what, by the model that is asked for."""
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        if self.path in ("/ready", "/health"):
+            return self.answer(200, {})
+        if self.path not in ("/v1/chat/completions", "/v1/completions"):
+            return self.answer(404, {})
+        self.server.bodies.append(body)
+        status = self.server.statuses.get(json.loads(body).get("model"), 200)
+        if status == "wait":
+            assert self.server.go.wait(20)
+        elif status == "lost":
+            self.close_connection = True
+            return None
+        elif status != 200:
+            return self.answer(status, REFUSAL, retry_after="7")
+        return self.answer(200, {})
 
     do_POST = do_GET
 
@@ -119,47 +149,62 @@ class Cluster:
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("router")
-    worker, kubernetes = (ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (Worker, Kubernetes))
-    worker.refused, kubernetes.asked, kubernetes.events = 0, [], queue.Queue()  # type: ignore[attr-defined]
-    for server in (worker, kubernetes):
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{kubernetes.server_port}"}}],
-        "users": [{"name": "me", "user": {"token": "x"}}],
-    }
-    (folder / "kubeconfig").write_text(json.dumps(config))
+@contextlib.contextmanager
+def serving(handler: type[Quiet], **state: object) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(state)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def running_router(folder: Path, *arguments: str, probe: str, **environment: str) -> Iterator[tuple[str, str]]:
+    """Where it answers clients, and Prometheus, once `probe` is answered."""
     port, metrics_port = free_ports(2)
     command = [sys.executable, "-m", "serving", "router", "--port", str(port), "--metrics-port", str(metrics_port)]
-    command += ["--selector", "app=engine", "--namespace", "drydock-serving", "--replica-port", str(worker.server_port)]
     with (folder / "log").open("wb") as log:
-        environment = os.environ | {"KUBECONFIG": str(folder / "kubeconfig")}
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
-    running = Cluster(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}", worker, kubernetes)
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=log, stderr=log, cwd=ROOT, env=os.environ | environment
+        )
 
     def up() -> bool:
         assert process.poll() is None, (folder / "log").read_text()[-3000:]
         try:
-            return httpx.get(f"{running.url}/liveness", timeout=5).status_code == 200
+            return httpx.get(f"http://127.0.0.1:{port}{probe}", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 
     try:
         wait_until(up, 60, "router")
-        yield running
+        yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"
     finally:
         process.kill()
         process.wait()
-        kubernetes.events.put(None)  # type: ignore[attr-defined]
-        for server in (worker, kubernetes):
-            server.shutdown()
-            server.server_close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("router")
+    with serving(Worker, refused=0) as worker, serving(Kubernetes, asked=[], events=queue.Queue()) as kubernetes:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+            "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{kubernetes.server_port}"}}],
+            "users": [{"name": "me", "user": {"token": "x"}}],
+        }
+        (folder / "kubeconfig").write_text(json.dumps(config))
+        arguments = ["--selector", "app=engine", "--namespace", "drydock-serving"]
+        arguments += ["--replica-port", str(worker.server_port)]
+        config_path = str(folder / "kubeconfig")
+        with running_router(folder, *arguments, probe="/liveness", KUBECONFIG=config_path) as (url, metrics_url):
+            yield Cluster(url, metrics_url, worker, kubernetes)
+        kubernetes.events.put(None)
 
 
 def test_without_a_replica_a_request_is_counted_where_autoscaling_looks(cluster: Cluster) -> None:
@@ -229,3 +274,166 @@ def test_a_ready_pod_that_does_not_answer_holds_up_the_others_for_seconds_only(c
     cluster.pod("b", ready=True, gone=True)
     waited = wait_until(lambda: cluster.replicas() == [], 40, "the deletion behind it")
     assert waited > 1, "or the router has learnt to wait beside its other work: then the flags may go"
+
+
+@dataclass
+class Pair:
+    """The router before two replicas of which the test decides what they answer."""
+
+    url: str
+    replicas: tuple[Any, Any]
+
+    def tell(self, **statuses: object) -> None:
+        """What both answer to each model from now on."""
+        for replica in self.replicas:
+            replica.statuses = statuses
+
+    def ask(self, model: str, **more: object) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=CHAT | {"model": model} | more, timeout=30)
+
+    def tries(self) -> int:
+        return sum(len(replica.bodies) for replica in self.replicas)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    go = threading.Event()
+    with (
+        serving(Told, bodies=[], statuses={}, go=go) as first,
+        serving(Told, bodies=[], statuses={}, go=go) as second,
+    ):
+        arguments = [f"--replica=http://127.0.0.1:{replica.server_port}" for replica in (first, second)]
+        with running_router(tmp_path_factory.mktemp("pair"), *arguments, probe="/readiness") as (url, _):
+            yield Pair(url, (first, second))
+
+
+@pytest.fixture
+def pair(shared: Pair) -> Pair:
+    """Both replicas answer, neither is shut out, and they have heard nothing yet."""
+    shared.tell()
+
+    def both() -> bool:
+        return shared.ask("base").status_code == 200 and all(replica.bodies for replica in shared.replicas)
+
+    for replica in shared.replicas:
+        replica.bodies.clear()
+        replica.go.clear()
+    wait_until(both, SECONDS, "both replicas")
+    for replica in shared.replicas:
+        replica.bodies.clear()
+    return shared
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("status", "tries"), [(400, 1), (401, 1), (404, 1), (408, TRIES), (429, TRIES), (500, TRIES), (503, TRIES)]
+)
+def test_an_error_of_all_replicas_comes_back_as_it_is_and_soon(
+    pair: Pair, status: int, tries: int, stream: bool
+) -> None:
+    pair.tell(low=status)
+    started = time.monotonic()
+    reply = pair.ask("low", stream=stream)
+    assert time.monotonic() - started < 2, "two waits of 50 and 75 ms; the rest is for a busy machine"
+    assert (reply.status_code, reply.json(), reply.headers["retry-after"]) == (status, REFUSAL, "7")
+    assert pair.tries() == tries
+
+
+def test_a_429_of_one_replica_is_tried_on_the_other(pair: Pair) -> None:
+    pair.replicas[0].statuses = {"low": 429}
+    answers = [pair.ask("low").status_code for _ in range(40)]
+    # Idle replicas are chosen at random: three tries at the full one are one request in eight.
+    assert answers.count(200) > 20
+    assert len(pair.replicas[0].bodies) > answers.count(429) * TRIES, "some found the other at the second or third try"
+
+
+def test_whoever_is_refused_again_and_again_shuts_nobody_else_out(pair: Pair) -> None:
+    refusals = {"none": 401, "odd": 400, "old": 404, "slow": 408, "low": 429}
+    pair.tell(**refusals)
+    for model, status in refusals.items():
+        for _ in range(4):
+            assert pair.ask(model).status_code == status
+        assert [pair.ask("base").status_code for _ in range(4)] == [200] * 4, model
+
+
+def test_errors_of_all_replicas_shut_everybody_out_for_seconds(pair: Pair) -> None:
+    """The price of the next test: no client should be able to make replicas answer 5xx."""
+    pair.tell(bad=503)
+    for _ in range(2):
+        assert pair.ask("bad").status_code == 503
+    failed = pair.tries()
+    assert pair.ask("base").status_code == 503
+    assert pair.tries() == failed, "no replica was asked"
+    wait_until(lambda: pair.ask("base").status_code == 200, 10, "half-open")
+
+
+def test_a_lost_replica_costs_no_request_even_if_the_other_is_busy(pair: Pair) -> None:
+    """A lost one has no requests, so it is what the router chooses for every try until its breaker opens."""
+    pair.tell(long="wait")
+    with contextlib.ExitStack() as stack:
+        busy = threading.Thread(target=pair.ask, args=("long",))
+        busy.start()
+        stack.callback(busy.join)
+        stack.callback(pair.replicas[0].go.set)
+        wait_until(pair.tries, 5, "a replica is busy")
+        [lost] = [replica for replica in pair.replicas if not replica.bodies]
+        lost.statuses = {"base": "lost"}
+        assert [pair.ask("base").status_code for _ in range(4)] == [200] * 4
+        assert len(lost.bodies) == TRIES - 1
+
+
+ADDED = {"stream": False, "no_stop_trim": False, "ignore_eos": False, "skip_special_tokens": True}
+ADDED_TO_CHAT = ADDED | {
+    "logprobs": False, "continue_final_message": False, "separate_reasoning": True, "stream_reasoning": True,
+    "include_reasoning": True, "return_hidden_states": False,
+}  # fmt: skip
+ADDED_TO_COMPLETIONS = ADDED | {"echo": False, "return_hidden_states": False}
+
+
+def arrived(pair: Pair, path: str, body: dict[str, Any]) -> Any:
+    assert httpx.post(f"{pair.url}/v1/{path}", json=body, timeout=30).status_code == 200
+    [seen] = [replica.bodies.pop() for replica in pair.replicas if replica.bodies]
+    return json.loads(seen)
+
+
+def test_a_replica_sees_fields_that_no_client_sent(pair: Pair) -> None:
+    """Whatever lists the fields that clients may send must let these pass, with these values."""
+    assert arrived(pair, "chat/completions", CHAT) == CHAT | ADDED_TO_CHAT
+    prompt = {"model": "base", "prompt": "hi"}
+    assert arrived(pair, "completions", prompt) == prompt | ADDED_TO_COMPLETIONS
+
+
+def test_unknown_fields_reach_the_replica_last_and_nulls_only_if_unknown(pair: Pair) -> None:
+    unknown = {"zeta": {"deep": [1, None]}, "alpha": None}
+    seen = arrived(pair, "chat/completions", unknown | CHAT | {"n": None, "stop": None, "max_tokens": 3})
+    assert seen == CHAT | ADDED_TO_CHAT | {"max_tokens": 3} | unknown
+    assert list(seen)[-2:] == ["zeta", "alpha"]
+    seen = arrived(pair, "completions", unknown | {"model": "base", "prompt": "hi", "n": None, "logprobs": None})
+    assert seen == {"model": "base", "prompt": "hi"} | ADDED_TO_COMPLETIONS | unknown
+
+
+def test_what_is_within_messages_and_tools_loses_what_the_router_does_not_know(pair: Pair) -> None:
+    messages = [
+        {"role": "user", "content": "hi", "odd": 1},
+        {"role": "user", "content": 5},
+        {"role": "assistant", "content": None, "reasoning_content": "so", "tool_calls": []},
+        {"role": "developer", "content": "as it is", "odd": 1},
+    ]
+    function = {"name": "f", "parameters": {}, "strict": True}
+    tools = [{"type": "function", "function": function}]
+    seen = arrived(pair, "chat/completions", {"model": "base", "messages": messages, "tools": tools})
+    assert seen["messages"] == [
+        {"role": "user", "content": "hi"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "reasoning": "so", "tool_calls": []},
+        {"role": "developer", "content": "as it is", "odd": 1},
+    ]
+    assert seen["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("wrong", [{"stream": None}, {"logprobs": None}, {"n": -1}, {"messages": None}], ids=str)
+def test_the_router_itself_refuses_types_that_it_does_not_expect(pair: Pair, wrong: dict[str, Any]) -> None:
+    """In plain text, before any key was looked at."""
+    reply = httpx.post(f"{pair.url}/v1/chat/completions", json=CHAT | wrong, timeout=30)
+    assert (reply.status_code, reply.headers["content-type"]) == (422, "text/plain; charset=utf-8")
+    assert pair.tries() == 0

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.lora import VLLM_LORA_RANKS
+from serving import requests
 from serving.engine import vllm_command, vllm_environment
 from serving.router import router_command
 from serving.spec import ServingSpec
@@ -23,6 +25,8 @@ PARSE = """
 import json, sys, typing
 from vllm import envs
 from vllm.config.lora import MaxLoRARanks
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 told = []
@@ -32,12 +36,14 @@ for command in json.load(sys.stdin):
     modules = [module.name for module in arguments.lora_modules or []]
     told.append({"shutdown_timeout": arguments.shutdown_timeout, "max_loras": arguments.max_loras, "modules": modules})
 ranks = [rank for rank in typing.get_args(MaxLoRARanks)]
-print("TOLD" + json.dumps({"commands": told, "ranks": ranks, "variables": sorted(envs.environment_variables)}))
+fields = {"chat": sorted(ChatCompletionRequest.model_fields), "completions": sorted(CompletionRequest.model_fields)}
+variables = sorted(envs.environment_variables)
+print("TOLD" + json.dumps({"commands": told, "ranks": ranks, "variables": variables, "fields": fields}))
 """
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, object]:
+def told() -> dict[str, Any]:
     commands = [
         vllm_command(spec, host="127.0.0.1", port=8000, adapters={"x": Path("runs/x"), "y": Path("runs/y")})[3:]
         for spec in SPECS
@@ -47,19 +53,25 @@ def told() -> dict[str, object]:
         env=os.environ | vllm_environment(SPECS[0]), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, object] = json.loads(done.stdout.rpartition("TOLD")[2])
+    result: dict[str, Any] = json.loads(done.stdout.rpartition("TOLD")[2])
     return result
 
 
-def test_vllm_takes_every_flag_of_every_device(told: dict[str, object]) -> None:
+def test_vllm_takes_every_flag_of_every_device(told: dict[str, Any]) -> None:
     assert told["commands"] == [{"shutdown_timeout": 45, "max_loras": 3, "modules": ["x", "y"]}] * 2
 
 
-def test_the_ranks_are_vllms_own(told: dict[str, object]) -> None:
+def test_vllm_knows_every_field_that_the_layer_lets_through(told: dict[str, Any]) -> None:
+    without_effect = set(requests.WITHOUT_EFFECT.split())
+    for route, name in ((requests.CHAT, "chat"), (requests.COMPLETIONS, "completions")):
+        assert requests.FIELDS[route] - set(told["fields"][name]) == without_effect
+
+
+def test_the_ranks_are_vllms_own(told: dict[str, Any]) -> None:
     assert told["ranks"] == list(VLLM_LORA_RANKS)
 
 
-def test_vllm_knows_every_variable_that_bears_its_name(told: dict[str, object]) -> None:
+def test_vllm_knows_every_variable_that_bears_its_name(told: dict[str, Any]) -> None:
     given = {name for spec in SPECS for name in vllm_environment(spec, state=Path("state")) if name.startswith("VLLM_")}
     known = told["variables"]
     assert isinstance(known, list)

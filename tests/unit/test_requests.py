@@ -95,6 +95,13 @@ def test_defaults_of_closed_fields_ask_for_nothing_and_go_no_further() -> None:
     request = {"model": "m", "prompt_logprobs": None, "use_beam_search": False, "documents": [], "vllm_xargs": {}}
     check(request, CHAT, Tier(), CONTEXT)
     assert request == {"model": "m"}
+    # Whatever goes through vllm-router 0.1.17 comes with these (tests/contract/test_router.py).
+    added = {
+        "no_stop_trim": False, "separate_reasoning": True, "stream_reasoning": True, "return_hidden_states": False,
+    }  # fmt: skip
+    check(request := {"model": "m", **added}, CHAT, Tier(), CONTEXT)
+    assert request == {"model": "m"}
+    assert refused(separate_reasoning=1) and refused(return_hidden_states=True)
     assert refused(prompt_logprobs=0), "0 asks for those of the prompt's own tokens"
 
 
