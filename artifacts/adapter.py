@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
-from artifacts.store import TITLE, Artifact, NotFound, Store, StoreError
+from artifacts.store import TITLE, Artifact, NotFound, Store
 from common.lora import ADAPTER_NAME, MAX_LORA_RANK, vllm_lora_rank
 
 CARD_TYPE = "application/vnd.drydock.adapter.v1+json"
@@ -330,17 +330,17 @@ def _some(names: list[str]) -> str:
 
 
 def _card(artifact: Artifact, name: str) -> AdapterCard:
-    """The card of a fetched artifact, which must be a whole adapter of that name."""
+    """The card of a fetched artifact, which must be a whole adapter of that name. Raises `AdapterError`."""
     where = f"adapters/{name}@{artifact.digest}"
     if (kind := artifact.manifest["config"]["mediaType"]) != CARD_TYPE:
-        raise StoreError(f"{where}: expected an adapter ({CARD_TYPE}), found {kind}")
+        raise AdapterError([f"{where}: expected an adapter ({CARD_TYPE}), found {kind}"])
     titles = [(layer.get("annotations") or {}).get(TITLE) for layer in artifact.manifest["layers"]]
     if missing := [title for title in (CONFIG_FILE, WEIGHTS_FILE) if title not in titles]:
-        raise StoreError(f"{where}: lacks {' and '.join(missing)}; publish it with artifacts.adapter.publish_adapter")
+        raise AdapterError([f"{where}: lacks {' and '.join(missing)}; publish it by artifacts.adapter.publish_adapter"])
     try:
         card = AdapterCard.model_validate_json(artifact.config)
     except ValidationError as error:
-        raise StoreError(f"{where}: its card cannot be read: {error}") from error
+        raise AdapterError([f"{where}: its card cannot be read: {error}"]) from error
     if card.name != name:
-        raise StoreError(f"{where}: its card is for the adapter {card.name!r}")
+        raise AdapterError([f"{where}: its card is for the adapter {card.name!r}"])
     return card

@@ -17,11 +17,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from serving import requests
 from serving.admission import Admission
 from serving.errors import Refusal
 from serving.heartbeat import Heartbeat
 from serving.keys import ANYONE, Caller, Keys, without_key
+from serving.startup import Phases
 from serving.state import TOKEN_HEADER, Aliases, AliasReader, loaded_name, new_boot, prepare, read_token
 from serving.traffic import IN_FLIGHT, STALLED, Answer
 
@@ -60,6 +63,8 @@ class RequestLayer:
         self.admission = Admission(int(os.environ["DRYDOCK_MAX_NUM_SEQS"]))
         self.heartbeat = Heartbeat(float(os.environ["DRYDOCK_STALL_SECONDS"]))
         prepare(folder)
+        self.phases = Phases(folder)
+        self.awaited = 0  # requests that wait for the engine: not for a client that is slow to send, or to read
         self.token = read_token(folder).encode()
         self.aliases = AliasReader(folder, new_boot(folder))
         api_keys = os.environ.get("DRYDOCK_API_KEYS")
@@ -88,7 +93,7 @@ class RequestLayer:
         elif route == ("GET", "/ready"):
             await self._ready(send)
         elif route == ("GET", "/health") and self.heartbeat.stalled:
-            await _json(send, 503, {"stalled_seconds": round(self.heartbeat.look(self.admission.in_flight), 1)})
+            await _json(send, 503, {"stalled_seconds": round(self.heartbeat.look(self.awaited), 1)})
         else:
             await self.app(scope, receive, send)
 
@@ -103,19 +108,23 @@ class RequestLayer:
 
     async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
         """The server's whole life, with the engine's heart felt each second beside it."""
+        REGISTRY.register(self.phases)
         beat = asyncio.create_task(self._beat())
         try:
             await self.app(scope, receive, send)
         finally:
             beat.cancel()
+            REGISTRY.unregister(self.phases)
 
     async def _beat(self) -> None:
         while True:
+            if self.aliases.current().ready:
+                self.phases.mark_ready()
             stalled = self.heartbeat.stalled
-            STALLED.set(seconds := self.heartbeat.look(self.admission.in_flight))
+            STALLED.set(seconds := self.heartbeat.look(self.awaited))
             if self.heartbeat.stalled and not stalled:
-                log.error("the engine has made no step for %.0f s with %d requests in flight: not ready, and /health "
-                          "fails until it does", seconds, self.admission.in_flight)  # fmt: skip
+                log.error("the engine has made no step for %.0f s while %d requests wait for it: not ready, and "
+                          "/health fails until it does", seconds, self.awaited)  # fmt: skip
             elif stalled and not self.heartbeat.stalled:
                 log.warning("the engine moves again")
             await asyncio.sleep(BEAT_SECONDS)
@@ -141,6 +150,8 @@ class RequestLayer:
                 "root": loaded_name(alias, served.version),
                 "parent": self.base_name,
                 "digest": served.digest,
+                "base": served.base,
+                "evaluation": {"metric": served.metric, "score": served.score, "base_score": served.base_score},
             }
             for alias, served in current.aliases.items()
         ]
@@ -168,7 +179,12 @@ class RequestLayer:
                 forwarded = _resized(scope, body)
                 if self.keys:
                     forwarded["headers"] = without_key(forwarded["headers"])
-                await self.app(forwarded, heard.replaying(body), answer)
+                self._await(+1)
+                answer.awaited = self._await
+                try:
+                    await self.app(forwarded, heard.replaying(body), answer)
+                finally:
+                    self._await(-1)
             finally:
                 self.admission.leave(caller)
                 in_flight.dec()
@@ -177,6 +193,9 @@ class RequestLayer:
             await _refuse(send, refusal)
         finally:
             answer.count(heard.gone)
+
+    def _await(self, change: int) -> None:
+        self.awaited += change
 
     async def _read(self, heard: _Heard) -> dict[str, Any]:
         """The body as an object with a `model`, which may be None. Raises `Refusal` (400, 408, 413)."""

@@ -30,6 +30,10 @@ class Served(BaseModel):
     digest: str = Field(description="Digest of the artifact's manifest.")
     parity_difference: float = Field(description="Largest mean |log-probability difference| of a canary, in nats.")
     since: float = Field(description="Unix time at which it began to answer for the alias.")
+    base: str | None = Field(None, description="The base it was tuned on: NAME@REVISION, or what of it is known.")
+    metric: str | None = Field(None, description="What its evaluation measured, such as exact_match.")
+    score: float | None = Field(None, description="Its score there, 0 to 1.")
+    base_score: float | None = Field(None, description="The base's score on the same questions.")
 
 
 class Aliases(BaseModel):

@@ -43,6 +43,7 @@ class Answer:
     def __init__(self, send: Send, tier: str = "") -> None:
         self.tier, self.model = tier, ""
         self.outcome: str | None = None
+        self.awaited: Callable[[int], None] = lambda _: None  # told -1 and +1 around the time a client takes to read
         self._send, self._started = send, time.perf_counter()
         self._error: Message | None = None  # the head of an error answer, until its body is known
         self._body = b""
@@ -68,7 +69,11 @@ class Answer:
                     self._broken = True
             if last:
                 self.outcome = "error" if self._broken else "ok"
-        await self._send(message)
+        self.awaited(-1)
+        try:
+            await self._send(message)
+        finally:
+            self.awaited(+1)
 
     async def _tell(self, start: Message, part: bytes, last: bool) -> None:
         self._body += part
@@ -76,9 +81,10 @@ class Answer:
             return
         refusal = from_vllm(start["status"], self._body)
         self.outcome = "error" if refusal.status >= 500 else refusal.code
-        headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
         body = refusal.body
-        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        ours = {b"content-type": b"application/json", b"content-length": str(len(body)).encode()}
+        headers = [(name, value) for name, value in start["headers"] if name not in ours]
+        await self._send({**start, "headers": [*headers, *ours.items()]})
         await self._send({"type": "http.response.body", "body": body})
 
     def count(self, gone: bool = False) -> None:

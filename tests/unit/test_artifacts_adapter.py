@@ -24,7 +24,7 @@ from artifacts.adapter import (
     read_card,
     version,
 )
-from artifacts.store import NotFound, Store, StoreError, open_store
+from artifacts.store import NotFound, Store, open_store
 from common import exits
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -221,7 +221,7 @@ def test_something_else_is_no_adapter(store: Store, folder: Path, tmp_path: Path
         "cardless": "card",
     }
     for tag, text in said.items():
-        with pytest.raises(StoreError, match=text):
+        with pytest.raises(AdapterError, match=text):
             fetch_adapter(store, "kubectl", tag, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

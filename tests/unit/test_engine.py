@@ -59,6 +59,27 @@ def test_a_gpu_gets_its_share_of_memory_and_a_cpu_its_cache_in_bytes_without_a_c
     assert "--gpu-memory-utilization" not in cpu
 
 
+@pytest.mark.parametrize(
+    ("concurrent", "captured"),
+    [
+        (1, "1"),
+        (3, "1 2 3"),
+        (8, "1 2 4 8"),
+        (20, "1 2 4 8 16 20"),
+        (64, "1 2 4 8 16 24 32 40 48 56 64"),
+    ],
+)
+def test_graphs_are_captured_for_as_many_as_decode_at_once_and_no_more(concurrent: int, captured: str) -> None:
+    assert flags(spec(max_num_seqs=concurrent))["--cudagraph-capture-sizes"] == captured.split()
+
+
+def test_graphs_are_left_to_vllm_where_it_captures_fewer_and_where_there_are_none() -> None:
+    largest = flags(spec(max_num_seqs=512))["--cudagraph-capture-sizes"]
+    assert (largest[-1], len(largest)) == ("512", 3 + 31 + 17)
+    assert "--cudagraph-capture-sizes" not in flags(spec(max_num_seqs=513))
+    assert "--cudagraph-capture-sizes" not in flags(spec(device="cpu"))
+
+
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (4, 8), (16, 16), (24, 32), (512, 512)])
 def test_the_rank_is_the_smallest_that_vllm_allows_and_holds_the_adapters(rank: int, allowed: int) -> None:
     assert flags(spec(max_lora_rank=rank))["--max-lora-rank"] == [str(allowed)]
@@ -98,7 +119,8 @@ def test_adapters_can_be_loaded_only_where_the_request_layer_guards(tmp_path: Pa
     assert served["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert served["DRYDOCK_STATE"] == str(tmp_path)
     assert (served["DRYDOCK_BASE_NAME"], served["DRYDOCK_MAX_REQUEST_BYTES"]) == ("llama", "2048")
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in alone
+    assert served["VLLM_LOGGING_STREAM"] == "ext://serving.startup.STREAM"
+    assert not {"VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_LOGGING_STREAM"} & alone.keys()
     for environment in (served, alone):
         assert environment["HF_HUB_OFFLINE"] == "1"
         assert environment["VLLM_NO_USAGE_STATS"] == "1"

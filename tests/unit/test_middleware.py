@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from prometheus_client import REGISTRY
 
+from serving.heartbeat import Heartbeat
 from serving.middleware import RequestLayer
 from serving.state import Aliases, AliasReader, Served, new_boot, prepare, read_boot, read_token, write_aliases
 
@@ -37,6 +39,20 @@ class Inner:
         self.scopes: list[Any] = []
         self.bodies: list[bytes] = []
         self.after: list[Any] = []
+
+    def tokenizing(self, tokens: int) -> Any:
+        """The same, which counts so many tokens in any prompt."""
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] != "/tokenize":
+                return await self(scope, receive, send)
+            self.scopes.append(scope)
+            self.bodies.append((await receive())["body"])
+            body = json.dumps({"count": tokens, "max_model_len": CONTEXT, "tokens": []}).encode()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body})
+
+        return app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.scopes.append(scope)
@@ -92,7 +108,16 @@ class Layer:
 
     def say(self, *, ready: bool = True, boot: str | None = None, refused: Any = None, **versions: str) -> None:
         served = {
-            alias: Served(version=version, digest=f"sha256:{version}", parity_difference=0.001, since=1700000000.5)
+            alias: Served(
+                version=version,
+                digest=f"sha256:{version}",
+                parity_difference=0.001,
+                since=1700000000.5,
+                base="tiny@sha256:cccc",
+                metric="exact_match",
+                score=0.9,
+                base_score=0.1,
+            )
             for alias, version in versions.items()
         }
         known = boot or read_boot(self.folder) or ""
@@ -494,6 +519,146 @@ def test_without_the_variable_no_key_is_needed_and_headers_pass_as_they_are(laye
     assert header in layer.inner.scopes[0]["headers"]
 
 
+# Limits, counts and a heart.
+
+
+def counted(outcome: str, tier: str = "standard", model: str = "base") -> float:
+    return REGISTRY.get_sample_value(
+        "drydock_requests_total", {"model": model, "tier": tier, "outcome": outcome}
+    ) or 0.0  # fmt: skip
+
+
+def test_a_tiers_limits_hold_from_the_next_request_on(keyed: Layer, tmp_path: Path) -> None:
+    key = [(b"api-key", b"key-a")]
+    ask = {"model": "base", "messages": [], "max_tokens": 11}
+    assert keyed.ask("POST", CHAT, ask, key).status == 200
+    write_keys(tmp_path / "keys", output_tokens=10)
+    before = counted("invalid_value", "low")
+    reply = keyed.ask("POST", CHAT, ask, key)
+    assert (reply.status, reply.body["error"]["param"]) == (400, "max_tokens")
+    assert counted("invalid_value", "low") == before + 1
+    assert keyed.ask("POST", CHAT, ask | {"max_tokens": None}, key).status == 200
+    assert json.loads(keyed.inner.bodies[-1])["max_tokens"] == 10
+
+
+@pytest.mark.parametrize("tokens", [49, 50, 51])
+def test_only_a_body_that_may_be_too_long_is_tokenised_and_by_vllm(keyed: Layer, tmp_path: Path, tokens: int) -> None:
+    write_keys(tmp_path / "keys", prompt_tokens=50)
+    keyed.app.app = keyed.inner.tokenizing(tokens)
+    ask = {"model": "base", "messages": [{"role": "user", "content": "x"}], "temperature": 0.5}
+    reply = keyed.ask("POST", CHAT, ask, [(b"api-key", b"key-a")])
+    assert keyed.inner.scopes[0]["path"] == "/tokenize"
+    assert json.loads(keyed.inner.bodies[0]) == {"model": "base", "messages": ask["messages"]}
+    assert reply.status == (200 if tokens <= 50 else 400)
+    if tokens > 50:
+        assert reply.body["error"]["code"] == "context_length_exceeded"
+        assert "is 50 tokens; yours has 51" in reply.body["error"]["message"]
+    write_keys(tmp_path / "keys", prompt_tokens=4000)
+    keyed.inner.scopes.clear()
+    assert keyed.ask("POST", CHAT, ask, [(b"api-key", b"key-a")]).status == 200
+    assert [scope["path"] for scope in keyed.inner.scopes] == [CHAT]
+
+
+def test_what_is_refused_leaves_no_trace_in_the_counts_of_who_is_here(layer: Layer) -> None:
+    for body in (b"{", {"model": "gpt-4"}, {"model": "base", "n": 1000}, {"model": "base", "messages": []}):
+        layer.ask("POST", CHAT, body)
+    assert layer.app.admission.in_flight == layer.app.awaited == 0
+    assert REGISTRY.get_sample_value("drydock_requests_in_flight", {"tier": "standard"}) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code", "outcome"),
+    [
+        ({"error": {"message": "too long", "type": "BadRequestError", "param": "input_tokens", "code": 400}}, 400,
+         "context_length_exceeded", "context_length_exceeded"),
+        ({"error": {"message": "bad", "type": "BadRequestError", "param": "top_p", "code": 400}}, 400, "invalid_value",
+         "invalid_value"),
+        ({"error": {"message": "boom", "type": "InternalServerError", "param": None, "code": 500}}, 500,
+         "internal_error", "error"),
+        ("Internal Server Error", 500, "internal_error", "error"),
+        ({"detail": "x"}, 422, "invalid_value", "invalid_value"),
+    ],
+)  # fmt: skip
+def test_vllms_errors_take_openais_shape_and_are_counted(
+    layer: Layer, answer: Any, status: int, code: str, outcome: str
+) -> None:
+    body = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": body[5:]})
+
+    layer.app.app = failing
+    before = counted(outcome)
+    reply = layer.chat("base")
+    assert (reply.status, reply.body["error"]["code"]) == (status, code)
+    assert set(reply.body["error"]) == {"message", "type", "param", "code"}
+    assert reply.headers[b"content-type"] == b"application/json"
+    assert counted(outcome) == before + 1
+
+
+def test_an_engine_that_makes_no_step_is_seen_and_a_slow_client_is_no_such_engine(layer: Layer) -> None:
+    layer.say()
+    now, step = [0.0], [0]
+    layer.app.heartbeat = Heartbeat(20, progress=lambda: step[0], clock=lambda: now[0])
+
+    async def scenario() -> None:
+        read, answer = asyncio.Event(), asyncio.Event()
+
+        async def engine(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await answer.wait()
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": json.dumps({"model": "base"}).encode(), "more_body": False}
+
+        async def slow(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await read.wait()
+
+        layer.app.app = engine
+        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "headers": []}
+        task = asyncio.create_task(layer.app(scope, receive, slow))
+        await asyncio.sleep(0)
+        told: list[int] = [layer.app.awaited]
+        for now[0] in (1.0, 10.0, 20.9):
+            layer.app.heartbeat.look(layer.app.awaited)
+        stalled = [layer.app.heartbeat.stalled]
+        now[0] = 21.0
+        layer.app.heartbeat.look(layer.app.awaited)
+        stalled.append(layer.app.heartbeat.stalled)
+        step[0] = 1
+        layer.app.heartbeat.look(layer.app.awaited)
+        stalled.append(layer.app.heartbeat.stalled)
+        assert stalled == [False, True, False], "the last one since it moved"
+        answer.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        told.append(layer.app.awaited)
+        assert told == [1, 0], "the client has its answer, and takes its time to read it"
+        for now[0] in (30.0, 60.0):
+            assert layer.app.heartbeat.look(layer.app.awaited) == 0
+        read.set()
+        await task
+        assert layer.app.awaited == 0
+
+    asyncio.run(scenario())
+
+
+def test_while_the_engine_hangs_the_replica_is_neither_ready_nor_healthy(layer: Layer) -> None:
+    layer.say()
+    now = [0.0]
+    layer.app.heartbeat = Heartbeat(20, progress=lambda: 0, clock=lambda: now[0])
+    for now[0] in (0.0, 25.0):
+        layer.app.heartbeat.look(3)
+    layer.app.awaited = 3
+    assert [layer.ask("GET", path).status for path in ("/ready", "/health")] == [503, 503]
+    assert not layer.inner.scopes, "vLLM, which would say 200, is not asked"
+
+
 # Readiness and models.
 
 
@@ -520,7 +685,8 @@ def test_models_lists_base_and_aliases_with_the_versions_behind_them(layer: Laye
     kubectl = reply["data"][1]
     assert kubectl == {
         "id": "kubectl", "object": "model", "created": 1700000000, "owned_by": "drydock",
-        "root": "kubectl.aaaa1111", "parent": "base", "digest": "sha256:aaaa1111",
+        "root": "kubectl.aaaa1111", "parent": "base", "digest": "sha256:aaaa1111", "base": "tiny@sha256:cccc",
+        "evaluation": {"metric": "exact_match", "score": 0.9, "base_score": 0.1},
     }  # fmt: skip
 
 

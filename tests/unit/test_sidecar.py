@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from prometheus_client import generate_latest
 from safetensors.numpy import load_file, save_file
 
 from artifacts.adapter import PROMOTED, AdapterCard, publish_adapter, repository, version
-from artifacts.store import Store, StoreError, open_store
+from artifacts.store import NotFound, Store, StoreError, open_store
 from common.files import write_json
+from common.processes import free_ports
 from serving import sidecar as module
 from serving.canaries import record
 from serving.client import Answer, EngineError
@@ -70,10 +72,17 @@ class Rig:
         new_boot(self.state)
 
     def publish(
-        self, name: str = "kubectl", strength: float = 1.0, recorded: float | None = None, canaries: Any = ...
+        self,
+        name: str = "kubectl",
+        strength: float = 1.0,
+        recorded: float | None = None,
+        canaries: Any = ...,
+        reports: Mapping[str, Any] | None = None,
     ) -> str:
-        """Publish and promote a version whose canaries were recorded at strength `recorded`; returns its version."""
+        """Publish and promote a version whose canaries were recorded at strength `recorded`; returns its digest."""
         folder = self.root / "made" / f"{name}-{strength}-{recorded}-{id(canaries)}"
+        for title, report in (reports or {}).items():
+            write_json(folder / title, report)
         write_json(
             folder / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
         )
@@ -428,7 +437,7 @@ def test_an_engine_that_came_back_gets_its_adapters_again_without_the_network(ri
     assert rig.calls("load") == [f"load {name(digest)}"]
     assert rig.told.boot != first.boot
     assert rig.serving == {"kubectl": digest}
-    assert len(list((rig.state / "cache").iterdir())) == 1
+    assert len([path for path in (rig.state / "cache").iterdir() if path.is_dir()]) == 1
 
 
 def test_a_restarted_engine_may_take_what_the_last_one_refused(rig: Rig) -> None:
@@ -516,3 +525,275 @@ def test_the_engine_gets_a_folder_with_plain_peft_files(rig: Rig, monkeypatch: p
     rig.sidecar.look()
     assert folders[0].name == name(digest), "a folder of its own for each version: vLLM caches by name and path"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folders[0].iterdir()}
+
+
+# A store out of reach while containers start anew.
+
+
+def restart(rig: Rig, *adapters: str) -> Sidecar:
+    """Both containers of the replica start anew, over the same folders."""
+    rig.boot()
+    rig.calls()
+    rig.sidecar = rig.make(*(adapters or ("kubectl", "triage")))
+    return rig.sidecar
+
+
+def test_a_replica_that_starts_without_the_store_serves_what_it_served(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    digest = rig.publish()  # triage was seen to have no promoted version
+    rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    restart(rig)
+    assert rig.sidecar.look()
+    assert (rig.serving, rig.ready()) == ({"kubectl": digest}, True)
+    assert rig.calls("load", "log_probabilities") == [f"load {name(digest)}", f"log_probabilities {name(digest)}"]
+    assert f"kubectl: version {version(digest)} was promoted when the store last answered" in caplog.text
+    told = len(caplog.records)
+    rig.sidecar.look()
+    assert len(caplog.records) == told, "an outage is told once"
+
+
+def test_a_registry_that_nobody_listens_for_is_such_a_store(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    monkeypatch.setattr("artifacts.registry.BACKOFF_SECONDS", 0.01)
+    rig.store = open_store(f"oci://127.0.0.1:{free_ports(1)[0]}/drydock")
+    assert restart(rig).look()
+    assert (rig.serving, rig.ready()) == ({"kubectl": digest}, True)
+
+
+def test_an_engine_that_starts_anew_in_a_long_outage_is_ready_before_the_store_is_asked(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    rig.sidecar.look()
+    rig.boot()
+    readiness: list[bool] = []
+
+    def fail(*_: Any) -> str:
+        readiness.append(rig.ready())
+        raise StoreError("registry: 503")
+
+    monkeypatch.setattr(rig.store, "resolve", fail)
+    assert rig.sidecar.look()
+    assert readiness == [True, True]
+    assert rig.serving == {"kubectl": digest}
+
+
+def test_one_failure_is_enough_to_serve_all_from_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a store that swallows connections each question costs most of a minute."""
+    digests = {"kubectl": rig.publish("kubectl"), "triage": rig.publish("triage", 2.0)}
+    rig.sidecar.look()
+    served: list[dict[str, str]] = []
+
+    def fail(*_: Any) -> str:
+        served.append(rig.serving if (rig.state / "aliases.json").exists() else {})
+        raise StoreError("registry: 503")
+
+    monkeypatch.setattr(rig.store, "resolve", fail)
+    (rig.state / "aliases.json").unlink()
+    assert restart(rig).look()
+    assert served == [{}, digests]
+
+
+def test_what_was_promoted_meanwhile_wins_once_the_store_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.publish(strength=1.0)
+    rig.sidecar.look()
+    new = rig.publish(strength=2.0)
+    with monkeypatch.context() as patch:
+        break_store(rig, patch)
+        restart(rig)
+        rig.sidecar.look()
+        rig.clock.now += 600
+        rig.sidecar.look()
+        assert rig.metric("drydock_registry_unreachable_seconds ") == ["drydock_registry_unreachable_seconds 600.0"]
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": new}
+    assert rig.metric("drydock_registry_unreachable_seconds ") == ["drydock_registry_unreachable_seconds 0.0"]
+
+
+def test_a_withdrawn_adapter_is_not_served_from_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.publish()
+    rig.sidecar.look()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "resolve", lambda *_: (_ for _ in ()).throw(NotFound("no such tag")))
+        rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    assert restart(rig).look()
+    assert (rig.serving, rig.ready()) == ({}, True)
+
+
+def test_an_adapter_of_which_this_replica_never_heard_keeps_it_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    assert not restart(rig, "kubectl", "triage", "third").look()
+    assert (rig.serving, rig.ready()) == ({"kubectl": digest}, False)
+
+
+def test_a_refused_promotion_does_not_make_the_replica_forget_what_it_serves(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    rig.publish(strength=0.0, recorded=1.5)
+    rig.sidecar.look()
+    break_store(rig, monkeypatch)
+    assert restart(rig).look()
+    assert rig.serving == {"kubectl": good}
+
+
+def test_a_version_that_can_be_seen_but_not_fetched_leaves_the_last_one_serving(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    new = rig.publish(strength=2.0)
+
+    def fail(*_: Any) -> None:
+        raise StoreError("data endpoint: 503")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "pull", fail)
+        assert restart(rig).look()
+        assert (rig.serving, rig.ready()) == ({"kubectl": old}, True)
+        rig.clock.now += 10
+        assert rig.metric("drydock_registry_unreachable_seconds ") == ["drydock_registry_unreachable_seconds 0.0"]
+    rig.sidecar.look()
+    assert rig.serving == {"kubectl": new}
+
+
+def damage_a_byte(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a byte changed": damage_a_byte,
+    "a file is gone": lambda folder: (folder / "canaries.json").unlink(),
+    "a file more": lambda folder: (folder / "more.txt").touch(),
+    "never written down": lambda folder: (folder.parent / "kept.json").unlink(),
+    "the record is damaged": lambda folder: (folder.parent / "kept.json").write_text('{"served": ['),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_files_that_are_not_those_that_were_fetched_are_not_loaded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+) -> None:
+    digest = rig.publish()
+    rig.sidecar.look()
+    damage(rig.state / "cache" / name(digest))
+    with monkeypatch.context() as patch:
+        break_store(rig, patch)
+        assert not restart(rig).look()
+        assert (rig.serving, rig.ready()) == ({}, False)
+        assert rig.calls("load") == []
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": digest}
+
+
+def test_an_engine_too_busy_for_canaries_in_an_outage_does_not_refuse_for_good(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version is loaded by then: to load it once more would be an error, and final."""
+    digest = rig.publish("triage")
+    rig.sidecar.look()
+    resolve = rig.store.resolve
+
+    def first_fails(target: str, tag: str) -> str:
+        if target == repository("kubectl"):
+            raise StoreError("registry: 503")
+        return resolve(target, tag)
+
+    def busy(*_: Any) -> list[float]:
+        raise httpx.ReadTimeout("slow")
+
+    monkeypatch.setattr(rig.store, "resolve", first_fails)
+    restart(rig)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.engine, "log_probabilities", busy)
+        assert not rig.sidecar.look()
+    assert rig.sidecar.look()
+    assert (rig.serving, rig.told.refused) == ({"triage": digest}, {})
+
+
+# Odd states.
+
+
+def test_a_sidecar_that_died_before_unloading_leaves_nothing_behind(rig: Rig) -> None:
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    new = rig.publish(strength=2.0)
+    rig.sidecar.look()
+    (rig.state / "cache" / ".pull-half").mkdir()
+    again = rig.make("kubectl", "triage")
+    again.look()
+    assert name(old) in rig.engine.strengths, "requests under way may need it"
+    rig.clock.now += 31
+    again.look()
+    assert rig.engine.strengths.keys() == {"base", name(new)}
+    assert {path.name for path in (rig.state / "cache").iterdir()} == {"kept.json", name(new)}
+
+
+def test_a_sidecar_that_died_between_load_and_proof_proves_what_is_loaded(rig: Rig) -> None:
+    digest = rig.publish()
+    rig.engine.strengths[name(digest)] = 1.0
+    rig.sidecar.look()
+    assert rig.serving == {"kubectl": digest}
+    rig.clock.now += 60
+    rig.sidecar.look()
+    assert name(digest) in rig.engine.strengths
+
+
+def test_names_that_are_no_versions_of_ours_are_left_alone(rig: Rig) -> None:
+    rig.engine.strengths |= {"elsewhere.12345678": 1.0, "plain": 1.0}
+    rig.sidecar.look()
+    rig.clock.now += 60
+    rig.sidecar.look()
+    assert rig.engine.strengths.keys() == {"base", "elsewhere.12345678", "plain"}
+
+
+def test_a_tag_that_flaps_is_followed_with_one_load_a_version_and_both_stay_loaded(rig: Rig) -> None:
+    one = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    two = rig.publish(strength=2.0)
+    rig.calls()
+    for turn in range(20):
+        rig.promote((two, one)[turn % 2])
+        rig.clock.now += 20
+        assert rig.sidecar.look()
+        assert rig.serving == {"kubectl": (two, one)[turn % 2]}
+        assert rig.ready()
+    assert rig.calls("load", "unload") == [f"load {name(two)}"], "neither stopped answering for 30 s"
+    rig.clock.now += 31
+    rig.sidecar.look()
+    assert rig.engine.strengths.keys() == {"base", name(one)}
+    assert len(rig.metric("drydock_adapter_serving{")) == 1
+
+
+def test_an_adapter_says_what_it_was_tuned_on_and_how_it_was_judged(rig: Rig) -> None:
+    reports = {
+        "spec.json": {"base_model": "/models/llama-3.1-8b"},
+        "tuning.json": {"base_revision": "sha256:ab"},
+        "evaluation.json": {"metric": "exact_match", "base": 0.25, "adapter": 1, "gain": 0.75},
+    }
+    rig.publish(reports=reports)
+    rig.publish("triage", 2.0, reports={"evaluation.json": {"metric": 7, "base": None, "adapter": "0.5"}})
+    rig.sidecar.look()
+    served = rig.told.aliases["kubectl"]
+    assert (served.base, served.metric) == ("llama-3.1-8b@sha256:ab", "exact_match")
+    assert (served.score, served.base_score) == (1.0, 0.25)
+    odd = rig.told.aliases["triage"]
+    assert (odd.base, odd.metric, odd.score, odd.base_score) == (None, None, None, None)
+
+
+def test_the_word_of_an_older_sidecar_is_understood() -> None:
+    said = {"boot": "b", "ready": True, "aliases": {"kubectl": {
+        "version": "12345678", "digest": "sha256:12345678", "parity_difference": 0.0, "since": 1.0}}}  # fmt: skip
+    assert Aliases.model_validate(said).aliases["kubectl"].base is None
