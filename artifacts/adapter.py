@@ -336,7 +336,8 @@ def _card(artifact: Artifact, name: str) -> AdapterCard:
         raise AdapterError([f"{where}: expected an adapter ({CARD_TYPE}), found {kind}"])
     titles = [(layer.get("annotations") or {}).get(TITLE) for layer in artifact.manifest["layers"]]
     if missing := [title for title in (CONFIG_FILE, WEIGHTS_FILE) if title not in titles]:
-        raise AdapterError([f"{where}: lacks {' and '.join(missing)}; publish it by artifacts.adapter.publish_adapter"])
+        told = f"lacks {' and '.join(missing)}; publish it with artifacts.adapter.publish_adapter"
+        raise AdapterError([f"{where}: {told}"])
     try:
         card = AdapterCard.model_validate_json(artifact.config)
     except ValidationError as error:

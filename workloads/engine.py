@@ -333,8 +333,8 @@ def _engine(args: EngineArgs) -> core.v1.ContainerArgs:
         # False until every promoted adapter is loaded and proven. The router asks the same, every second.
         readiness_probe=http_probe("/ready", PORT, period=2, failures=2),
         # Generous: under load /health is slow, and a restart costs minutes (vllm#36960, kserve#6259). An engine that
-        # hangs fails it from stall_seconds on: it is unready by then, and restarted a minute later.
-        liveness_probe=http_probe("/health", PORT, period=10, failures=6, timeout=10),
+        # hangs fails it from stall_seconds on: unready at once, it loses nothing by being restarted two minutes later.
+        liveness_probe=http_probe("/health", PORT, period=10, failures=12, timeout=10),
         lifecycle=core.v1.LifecycleArgs(
             pre_stop=core.v1.LifecycleHandlerArgs(sleep=core.v1.SleepActionArgs(seconds=PRE_STOP_SECONDS))
         ),
