@@ -117,7 +117,7 @@ class ServingLoad:
 class TuningLoad:
     """One forward and backward pass: at most `batch_rows` x `max_seq_length` tokens, packed without padding.
 
-    Each of `gpus` GPUs makes such passes, with all of the base on it.
+    Each of `gpus` GPUs of each of `nodes` nodes makes such passes, with all of the base on it.
     """
 
     batch_rows: int
@@ -128,6 +128,7 @@ class TuningLoad:
     gradient_checkpointing: bool = False
     load_in_4bit: bool = False
     gpus: int = 1
+    nodes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -135,7 +136,9 @@ class TuningLoad:
         return self.batch_rows * self.max_seq_length
 
 
-def tuning_load(settings: TuningSettings, model: Architecture, sizes: Iterable[str], *, gpus: int = 1) -> TuningLoad:
+def tuning_load(
+    settings: TuningSettings, model: Architecture, sizes: Iterable[str], *, gpus: int = 1, nodes: int = 1
+) -> TuningLoad:
     """What an adapter's settings ask of a GPU of any of `sizes`, with `gradient_checkpointing: None` decided.
 
     It is on where one of them cannot hold the load without. Raises ValueError for a size that the catalogue lacks.
@@ -149,6 +152,7 @@ def tuning_load(settings: TuningSettings, model: Architecture, sizes: Iterable[s
         bool(settings.gradient_checkpointing),
         settings.load_in_4bit,
         gpus,
+        nodes,
     )
     if settings.gradient_checkpointing is None and not all(tuning_fit(model, sku(name), load).fits for name in sizes):
         return replace(load, gradient_checkpointing=True)
@@ -258,7 +262,7 @@ def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
         terms.append(
             Term("a layer's weights, copied", max(matrices) * width / GIB, formula, "bitsandbytes, MatMul4Bit")
         )
-    if load.gpus > 1:
+    if load.gpus * load.nodes > 1:
         terms.append(Term("NCCL", NCCL_GIB, "constant", "NCCL_BUFFSIZE"))
     terms.append(Term("runtime", TUNING_RUNTIME_GIB, "constant", "CUDA context, workspace, allocator"))
     return Fit(tuple(terms), size.gpu.driver_gib, sum(term.gib for term in terms))
@@ -402,11 +406,17 @@ def check_serving(
 
 
 def check_tuning(
-    adapter_name: str, settings: TuningSettings, architecture: Architecture, sizes: Sequence[str], *, gpus: int = 1
+    adapter_name: str,
+    settings: TuningSettings,
+    architecture: Architecture,
+    sizes: Sequence[str],
+    *,
+    gpus: int = 1,
+    nodes: int = 1,
 ) -> list[str]:
     """Problems of tuning `adapter_name` on a GPU of any of `sizes`, ready to print; empty when it fits on all."""
     try:
-        load = tuning_load(settings, architecture, sizes, gpus=gpus)
+        load = tuning_load(settings, architecture, sizes, gpus=gpus, nodes=nodes)
     except ValueError as error:
         return [str(error)]
     return [

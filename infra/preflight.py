@@ -113,7 +113,7 @@ def _fit(env: Environment) -> Iterator[str]:
         yield from (f"serving.max_model_len: {line}" for line in found)
     pool = env.pools[env.tuning.pool]
     for name, adapter in env.adapters.items():
-        found = check_tuning(name, adapter, env.base.figures, pool.sizes, gpus=env.tuning.gpus)
+        found = check_tuning(name, adapter, env.base.figures, pool.sizes, gpus=env.tuning.gpus, nodes=env.tuning.nodes)
         yield from (f"adapters.{name}: {line}" for line in found)
 
 

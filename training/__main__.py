@@ -74,6 +74,10 @@ while it runs
   a terminal shows a bar; anything else gets a line each 10 s, as JSON with the figures as numbers
   {logs.CHOICE}=json|text        in the environment chooses that form wherever it goes
   --metrics-address          Prometheus: drydock_tuning_loss, _step, _tokens_per_second, _eta_seconds, ...
+
+several GPUs, several machines (on each the same command, with its own --node-rank)
+  --processes auto
+  --processes auto --nodes 2 --rendezvous FIRST-MACHINE:29500 --rejoin --node-rank 0
 {EXIT_CODES}"""
 
 ADOPT = f"""
@@ -196,7 +200,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     address = None if arguments.metrics_address == "off" else arguments.metrics_address
     try:
         summary = tune(
-            spec, arguments.out, metrics_address=address, fresh=arguments.fresh, checkpoints=arguments.checkpoints
+            spec,
+            arguments.out,
+            metrics_address=address,
+            fresh=arguments.fresh,
+            checkpoints=arguments.checkpoints,
+            rejoin=arguments.rejoin,
         )
     except Terminated as error:
         cli.tell(str(error), as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,17 @@ def base_revision(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Raises `SettingsError` when it cannot render a chat, end a turn, or fits no such model."""
+    """The base's tokenizer. Raises `SettingsError` when it cannot render a chat, end a turn, or fits no such model.
+
+    Asked again for the same files it gives the same object: a run's start needs it three times, and a large one takes
+    a second to load.
+    """
+    files = sorted(path for path in folder.iterdir() if not path.match(WEIGHTS))
+    return _load_tokenizer(folder, tuple((path.name, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, files: tuple[tuple[str, int], ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)

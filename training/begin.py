@@ -34,6 +34,11 @@ class Start:
     dropped: int
     found: tuple[checkpoint.Position, dict[str, torch.Tensor], Any] | None
 
+    @property
+    def step(self) -> int:
+        """The steps that are made already."""
+        return self.found[0].step if self.found else 0
+
 
 def begin(spec: TuningSpec, out: Path, *, fresh: bool, checkpoints: str | None) -> Start | dict[str, Any]:
     """Check and encode the data, and find where an earlier run stands; the summary of one that is finished.

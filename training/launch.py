@@ -8,6 +8,13 @@ A Job needs two things that torchrun 2.13 does not do: an exit code of a worker 
 whatever the worker ended with, and `podFailurePolicy` could not tell a wrong dataset from a lost node), and time after
 SIGTERM (torchrun kills the workers 30 s after it, unless told by --shutdown-timeout; a checkpoint and its copy in
 Blob may take longer, and how long is the pod's grace period to say).
+
+Of several machines each is started by itself, and with --rejoin none has to be started again because another one went:
+
+    another was told to stop           all stop after the same step, with a checkpoint, and join again at once
+    one is lost, or fails              machine 0 fails and is to be started again, by whoever counts failures (a Job);
+                                       the others see their connections close and join again
+    nothing is left to tune            machine 0 does not wait for the others; they end when they see the run's end
 """
 
 from __future__ import annotations
@@ -16,9 +23,10 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 
 from common import exits
@@ -30,7 +38,13 @@ log = logging.getLogger(__name__)
 ALONE_SECONDS = 5.0
 """What the other processes get to end by themselves, with their own message, after one of them failed."""
 
+SOON_SECONDS = 120.0
+SOON_TIMES = 5
+"""So often in a row may a machine fail within so short a time before it no longer joins again: the fault is its own."""
+
 LOOPBACK = "127.0.0.1"
+INDEX = "JOB_COMPLETION_INDEX"
+"""Kubernetes tells each pod of an Indexed Job its number in this variable."""
 
 
 def is_rank() -> bool:
@@ -49,8 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", default="1", metavar="N|auto", help="GPUs of this machine that tune together [%(default)s]"
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that tune together [%(default)s]")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="this one, from 0; 0 writes --out")
+    parser.add_argument(
+        "--node-rank", type=int, metavar="I", help=f"this one, from 0; 0 writes --out [${INDEX}, otherwise 0]"
+    )
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of machine 0, a free port: needed with --nodes")
+    parser.add_argument(
+        "--rejoin",
+        action="store_true",
+        help="when another machine stops or is lost, join again and go on; wait for the others without limit",
+    )
 
 
 def launched(arguments: argparse.Namespace) -> int | None:
@@ -60,10 +81,22 @@ def launched(arguments: argparse.Namespace) -> int | None:
     processes = _processes(arguments.processes)
     if processes == 1 and arguments.nodes == 1:
         return None
+    if arguments.rejoin and arguments.fresh:
+        raise SettingsError(["--fresh: not with --rejoin, where who joins again would discard what was just tuned"])
+    node_rank = arguments.node_rank
+    if node_rank is None:
+        node_rank = _index() if arguments.nodes > 1 else 0  # one machine may be a pod of an Indexed Job of its own
     return launch(
         [sys.executable, "-m", "training", *arguments.argv], processes,
-        nodes=arguments.nodes, node_rank=arguments.node_rank, rendezvous=arguments.rendezvous,
+        nodes=arguments.nodes, node_rank=node_rank, rendezvous=arguments.rendezvous, rejoin=arguments.rejoin,
     )  # fmt: skip
+
+
+def _index() -> int:
+    text = os.environ.get(INDEX, "0")
+    if not text.isdecimal():
+        raise SettingsError([f"{INDEX}: should be a number from 0, found {text}; or give --node-rank"])
+    return int(text)
 
 
 def _processes(wish: str) -> int:
@@ -77,13 +110,19 @@ def _processes(wish: str) -> int:
 
 
 def launch(
-    command: Sequence[str], processes: int, *, nodes: int = 1, node_rank: int = 0, rendezvous: str | None = None
+    command: Sequence[str],
+    processes: int,
+    *,
+    nodes: int = 1,
+    node_rank: int = 0,
+    rendezvous: str | None = None,
+    rejoin: bool = False,
 ) -> int:
-    """Run `command` `processes` times on this node, one of `nodes`, to the end of all; their `worst` exit code.
+    """Run `command` `processes` times on this node, one of `nodes`, to the end of all; one exit code for them.
 
     `rendezvous` is HOST:PORT of node 0, where the first process listens; one node needs none. SIGTERM is passed on, and
     then waited for without limit. When one fails, the others are ended after `ALONE_SECONDS`: some would wait for it
-    for ever.
+    for ever. With `rejoin` they are run again when the end came from another node (see above).
     """
     if nodes > 1 and rendezvous is None:
         raise SettingsError(["--rendezvous: HOST:PORT of node 0 is needed with --nodes above 1"])
@@ -100,35 +139,70 @@ def launch(
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
     }
+    ranks = [
+        shared | {"RANK": str(node_rank * processes + local), "LOCAL_RANK": str(local)} for local in range(processes)
+    ]
+    soon = 0
+    with _Asked() as asked:
+        while True:
+            started = time.monotonic()
+            code = _run(command, ranks, asked)
+            failed = code == exits.FAILED
+            soon = soon + 1 if failed and time.monotonic() - started < SOON_SECONDS else 0
+            # A failure of node 0 is for others to count; each of another node makes it fail too, so they are counted.
+            again = code == exits.TERMINATED or (failed and node_rank > 0 and soon < SOON_TIMES)
+            if asked.came or not rejoin or not again:
+                return code
+            log.warning("the run ended before its end, by another machine as it seems: joining again")
+
+
+class _Asked:
+    """While entered, SIGTERM sets `came` and goes on to the processes `running`."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> _Asked:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        self.forward()
+
+    def forward(self) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                process.terminate()
+
+
+def _run(command: Sequence[str], ranks: Sequence[Mapping[str, str]], asked: _Asked) -> int:
+    """Run `command` once with each environment of `ranks` to the end of all; one exit code for them."""
+    has_first = ranks[0]["RANK"] == "0"
     with Processes() as children:
-        running = [
-            children.start(
-                command,
-                environment=shared | {"RANK": str(node_rank * processes + local), "LOCAL_RANK": str(local)},
-            )
-            for local in range(processes)
-        ]
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            for process in running:
-                if process.poll() is None:
-                    process.send_signal(number)
-
-        before = signal.signal(signal.SIGTERM, forward)
-        try:
-            failed_at: float | None = None
-            while any(process.poll() is None for process in running):
-                ended = [code for process in running if (code := process.poll()) is not None]
-                if failed_at is None and worst(ended) not in (exits.OK, exits.TERMINATED):
-                    failed_at = time.monotonic()
-                if failed_at is not None and time.monotonic() - failed_at > ALONE_SECONDS:
-                    for process in running:
-                        process.kill()
-                time.sleep(0.1)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        asked.running = running = [children.start(command, environment=environment) for environment in ranks]
+        if asked.came:  # before there was one that it could be passed on to
+            asked.forward()
+        ending_at: float | None = None
+        while any(process.poll() is None for process in running):
+            ended = [code for process in running if (code := process.poll()) is not None]
+            over = has_first and running[0].poll() == exits.OK
+            if ending_at is None and (over or worst(ended) not in (exits.OK, exits.TERMINATED)):
+                ending_at = time.monotonic() + ALONE_SECONDS
+            if ending_at is not None and time.monotonic() > ending_at:
+                for process in running:
+                    process.kill()
+            time.sleep(0.1)
         codes = [process.wait() for process in running]
+    if has_first and codes[0] == exits.OK:  # what the first has finished is finished, whether others saw it or not
+        return exits.OK
     code = worst(codes)
+    if code == exits.FAILED and asked.came and -signal.SIGTERM in codes:
+        return exits.TERMINATED  # one had not begun, and SIGTERM ended it at once: the others only lost it
     if code == exits.FAILED:
         log.error("the processes ended with the codes %s (-9: killed, perhaps for memory)", ", ".join(map(str, codes)))
     return code

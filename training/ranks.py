@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from common import exits
 from common.settings import SettingsError
@@ -26,6 +27,10 @@ from training.launch import is_rank
 PATIENCE = timedelta(minutes=30)
 """How long processes wait for the first, which fetches, digests and encodes alone. A process that died is not waited
 for: its connections close, and the launcher ends the others."""
+
+WITHOUT_LIMIT = timedelta(days=30)
+"""For the others to come at all where they may come late, such as pods that wait for a GPU: the longest deadline that a
+Job may have (`infra.settings.Tuning`)."""
 
 Value = TypeVar("Value")
 
@@ -125,14 +130,14 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join() -> Iterator[Ranks]:
-    """The processes of this run by torchrun's environment variables; without them, this one alone.
+def join(*, alone: bool = False, come: timedelta = PATIENCE) -> Iterator[Ranks]:
+    """The processes of this run by torchrun's environment variables; without them or if `alone`, this one alone.
 
-    Gradients go by NCCL between GPUs; all else, and what is on a CPU, by gloo. Raises `SettingsError` when this process
-    would have no GPU of its own.
+    They are waited for as long as `come` says. Gradients go by NCCL between GPUs; all else, and what is on a CPU, by
+    gloo. Raises `SettingsError` when this process would have no GPU of its own.
     """
     rank, world, local = 0, 1, 0
-    if is_rank():
+    if is_rank() and not alone:
         rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if gpus := torch.cuda.device_count():
@@ -144,7 +149,10 @@ def join() -> Iterator[Ranks]:
         yield Ranks(rank, world, device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE, rank=rank, world_size=world)
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=come))
+    store.set_timeout(PATIENCE)
+    store = dist.PrefixStore("drydock", store)  # type: ignore[attr-defined]  # torchrun keeps its own keys there
+    dist.init_process_group(backend, store=store, timeout=PATIENCE, rank=rank, world_size=world)
     try:
         yield Ranks(rank, world, device)
     finally:

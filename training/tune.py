@@ -26,16 +26,17 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from common import exits
-from common.files import write_json
+from common.files import read_jsonl, write_json
 from common.settings import SettingsError
 from training import checkpoint
 from training.base import base_folder
 from training.begin import Start, begin
 from training.encode import Example
+from training.launch import is_first
 from training.model import load_model, own_precision
 from training.packing import pack, summed_loss
 from training.progress import Measurement, Progress
-from training.ranks import Ranks, deal, join
+from training.ranks import PATIENCE, WITHOUT_LIMIT, Ranks, deal, join
 from training.source import public
 from training.spec import TuningSpec
 
@@ -57,36 +58,60 @@ def tune(
     metrics_address: str | None = None,
     fresh: bool = False,
     checkpoints: str | None = None,
+    rejoin: bool = False,
 ) -> dict[str, Any]:
     """Tune by `spec` into folder `out`; returns the summary that it also writes as `tuning.json`.
 
     `out` gets `spec.json`, `run.json`, `held_out.jsonl`, `events.jsonl`, `checkpoints/`, `adapter/` and at the end
     `tuning.json`. A finished run of the same settings, data and base is not done again; an unfinished one goes on
     from its newest whole checkpoint. `fresh` discards both. `checkpoints` is a folder az://ACCOUNT/CONTAINER/PATH that
-    gets a copy of each checkpoint, and gives back the newest where `out` has none so new: the run survives its node.
+    gets a copy of each checkpoint, the last step's among them, and gives back the newest where `out` has none so new:
+    the run survives its node.
 
     One of several processes (training.launch, torchrun) takes its share of each step; the first alone reads data and
     writes. A run may go on with another number of them, but only the same number gives the same bytes (on a CPU).
+    With `rejoin` the others are waited for without limit, and not at all where no step is left to make: they may have
+    ended with the attempt that made the last one. Those of them who could still be needed end as after SIGTERM.
     Raises `SettingsError` for what only a person can mend, `BlobError` when the copies cannot be looked at,
     `Terminated` after SIGTERM.
     """
-    with join() as ranks:
-        start = ranks.from_first(lambda: begin(spec, out, fresh=fresh, checkpoints=checkpoints))
-        return start if isinstance(start, dict) else train(spec, out, start, ranks, metrics_address, checkpoints)
+
+    def prepare() -> Start | dict[str, Any]:
+        return begin(spec, out, fresh=fresh, checkpoints=checkpoints)
+
+    ready: Start | None = None
+    if rejoin and is_first():
+        found = prepare()
+        if isinstance(found, dict):
+            return found
+        ready = found
+    alone = ready is not None and ready.step == step_count(len(ready.examples), spec)
+    with join(alone=alone, come=WITHOUT_LIMIT if rejoin else PATIENCE) as ranks:
+        start = ranks.from_first(lambda: ready or prepare())
+        if isinstance(start, dict):
+            return start
+        summary, safe = train(spec, out, start, ranks, metrics_address, checkpoints)
+    if rejoin and not (safe or ranks.first):
+        # The next attempt of the first's machine would go on from the copy before, and not without this one.
+        raise SystemExit(exits.TERMINATED)
+    return summary
 
 
 def train(
     spec: TuningSpec, out: Path, start: Start, ranks: Ranks, metrics_address: str | None, checkpoints: str | None
-) -> dict[str, Any]:
-    """The loop, in each process of the run; the first shows and writes. The rest is said at `tune`."""
+) -> tuple[dict[str, Any], bool]:
+    """The loop, in each process of the run; the first shows and writes. The rest is said at `tune`.
+
+    Returns the summary, and whether the last step is in `checkpoints`, where there are any.
+    """
     device, examples = ranks.device, start.examples
     torch.manual_seed(spec.seed)
     model = load_model(spec, base_folder(spec.base_model), device)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=spec.weight_decay)
     rows_per_step = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(examples) / rows_per_step)
-    total_steps = steps_per_epoch * spec.num_train_epochs
+    total_steps = step_count(len(examples), spec)
+    steps_per_epoch = total_steps // spec.num_train_epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(spec, step, total_steps))
 
     done_before, random_states = checkpoint.Position(0, 0.0, 0), []
@@ -112,7 +137,8 @@ def train(
     budget = pass_tokens(spec)
     remote = checkpoint.Remote(checkpoints, start.origin["fingerprint"]) if checkpoints and ranks.first else None
 
-    def save(step: int, random_states: list[Any]) -> None:
+    def save(step: int, random_states: list[Any]) -> bool:
+        """Whether it is as safe as it is to be: copied, where there is a place for copies."""
         path = checkpoint.save(
             out / "checkpoints",
             start.origin["fingerprint"],
@@ -120,11 +146,12 @@ def train(
             get_peft_model_state_dict(model),
             {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": random_states},
         )
-        if remote:
-            remote.copy(path)
+        copied = remote is None or remote.copy(path)
         if progress:
             progress.saved(step)
+        return copied
 
+    safe = True
     shown: AbstractContextManager[Progress | None] = nullcontext()
     if ranks.first:
         shown = Progress(spec.adapter, total_steps, out / "events.jsonl", metrics_address)
@@ -183,15 +210,20 @@ def train(
             due = ranks.first and now - saved >= 60 * spec.save_minutes
             due = due or (spec.save_steps is not None and step % spec.save_steps == 0)
             stop, due = ranks.any(sigterm.came, due)
-            if step < total_steps and (stop or due):
+            # That of the last step is for who comes after this machine: to find nothing left to tune.
+            if (stop or due) if step < total_steps else checkpoints:
                 states = ranks.gather(ranks.random_state())
-                ranks.from_first(lambda: save(step, states))  # noqa: B023  called at once
+                safe = ranks.from_first(lambda: save(step, states))  # noqa: B023  called at once
                 saved = time.monotonic()
-                if stop:
+                if stop and step < total_steps:
                     end = Terminated(f"stopped at step {step} of {total_steps}; run again to resume")
                     raise end if ranks.first else SystemExit(exits.TERMINATED)
         seconds = done_before.seconds + time.monotonic() - started
     peaks = [peak for peak in ranks.gather(ranks.gpu_memory()) if peak is not None]
+    world = ranks.world
+    if done_before.step == total_steps:  # those who made the steps are gone, and so is their loss but for the event
+        peaks, world = [], len(random_states)
+        last_loss = [*read_jsonl(out / "events.jsonl")][-1]["loss"] if ranks.first else last_loss
 
     def finish() -> dict[str, Any]:
         model.peft_config["default"].base_model_name_or_path = spec.base_model
@@ -209,7 +241,7 @@ def train(
             "tokens_per_second": round(tokens / seconds, 1),
             "final_loss": round(last_loss, 5),
             "device": device.type,
-            "world_size": ranks.world,
+            "world_size": world,
             **({"peak_gpu_bytes": max(peaks)} if peaks else {}),  # a figure that was not measured is absent
             "load_in_4bit": spec.load_in_4bit,
             "seed": spec.seed,
@@ -218,7 +250,14 @@ def train(
         write_json(out / "tuning.json", summary)
         return summary
 
-    return ranks.from_first(finish)
+    return ranks.from_first(finish), safe
+
+
+def step_count(examples: int, spec: TuningSpec) -> int:
+    """Optimiser steps of a whole run over so many rows."""
+    return spec.num_train_epochs * math.ceil(
+        examples / (spec.per_device_train_batch_size * spec.gradient_accumulation_steps)
+    )
 
 
 def rate(spec: TuningSpec, step: int, total_steps: int) -> float:

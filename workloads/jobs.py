@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pulumi
 from pulumi_kubernetes import batch, core, meta
@@ -17,6 +18,10 @@ ANNOTATIONS = {"pulumi.com/skipAwait": "true", "pulumi.com/deletionPropagationPo
 
 # The API server lets neither template nor failure policy change; the provider knows it of the template alone.
 REPLACE_ON_CHANGES = ["spec.podFailurePolicy"]
+
+JOB_LABEL = "batch.kubernetes.io/job-name"  # the Job controller puts it on every pod of a Job
+
+INDEX = "JOB_COMPLETION_INDEX"  # the variable by which each of several pods of a Job knows its number
 
 ROLE_WAIT_SECONDS = 900  # Azure needs minutes until a role just given counts
 
@@ -49,9 +54,23 @@ def job(
     deadline_seconds: int,
     resource_name: str,
     annotations: Mapping[str, str] | None = None,
+    pods: int = 1,
     opts: pulumi.ResourceOptions,
 ) -> batch.v1.Job:
-    """The Job `title` that runs `pod`; it and its pods have `labels`, its pods `annotations` and an Azure identity."""
+    """The Job `title` that runs `pod`; it and its pods have `labels`, its pods `annotations` and an Azure identity.
+
+    Of several `pods`, all at once, each knows its number by `INDEX`. What number 0 comes to is what the
+    Job comes to, and the others are ended with it.
+    """
+    several: dict[str, Any] = {}
+    if pods > 1:
+        first = batch.v1.SuccessPolicyRuleArgs(succeeded_indexes="0")
+        several = {
+            "completions": pods,
+            "parallelism": pods,
+            "completion_mode": "Indexed",
+            "success_policy": batch.v1.SuccessPolicyArgs(rules=[first]),
+        }
     return batch.v1.Job(
         resource_name,
         metadata=meta.v1.ObjectMetaArgs(name=title, namespace=namespace, labels=labels, annotations=ANNOTATIONS),
@@ -61,6 +80,7 @@ def job(
             pod_failure_policy=failure_policy(),
             # The only one beside a failure policy. Two pods at once would also write the same checkpoints.
             pod_replacement_policy="Failed",
+            **several,
             template=core.v1.PodTemplateSpecArgs(
                 metadata=meta.v1.ObjectMetaArgs(labels={**labels, **IDENTITY_LABEL}, annotations=annotations),
                 spec=pod,
@@ -79,6 +99,8 @@ def job_pod(
     init_containers: Sequence[core.v1.ContainerArgs] | None = None,
     tolerations: Sequence[core.v1.TolerationArgs] | None = None,
     grace_seconds: int | None = None,
+    affinity: core.v1.AffinityArgs | None = None,
+    subdomain: str | None = None,
 ) -> core.v1.PodSpecArgs:
     """A pod of a Job: its containers once, in turn and without privilege."""
     return core.v1.PodSpecArgs(
@@ -90,6 +112,8 @@ def job_pod(
         node_selector=node_selector,
         tolerations=tolerations,
         termination_grace_period_seconds=grace_seconds,
+        affinity=affinity,
+        subdomain=subdomain,
         init_containers=init_containers,
         containers=containers,
         volumes=volumes,
@@ -104,7 +128,10 @@ def variables(values: Mapping[str, str]) -> list[core.v1.EnvVarArgs]:
 def failure_policy() -> batch.v1.PodFailurePolicyArgs:
     """The first rule that matches a failed pod decides; with none, its failure counts against `backoffLimit`.
 
-    No rule names a container, so that all are meant: those that fetch, tune and evaluate.
+    No rule names a container, so that all are meant: those that fetch, tune and evaluate. None ignores exit code 143 by
+    itself: whoever takes a pod away from its node sets the condition, and a pod that stops because another one of its
+    Job was told to does not end (`training.launch`). What is left is a container that something else sends SIGTERM:
+    ignored, that would go on until the deadline.
     """
     disruption = batch.v1.PodFailurePolicyOnPodConditionsPatternArgs(type="DisruptionTarget", status="True")
     hopeless = batch.v1.PodFailurePolicyOnExitCodesRequirementArgs(operator="In", values=[exits.INPUT, exits.GATE])

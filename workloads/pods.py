@@ -74,6 +74,16 @@ def spread(labels: dict[str, str]) -> list[core.v1.TopologySpreadConstraintArgs]
     ]
 
 
+def one_a_node(labels: dict[str, str]) -> core.v1.AffinityArgs:
+    """No two of the pods with these labels on one node."""
+    term = core.v1.PodAffinityTermArgs(
+        topology_key="kubernetes.io/hostname", label_selector=meta.v1.LabelSelectorArgs(match_labels=labels)
+    )
+    return core.v1.AffinityArgs(
+        pod_anti_affinity=core.v1.PodAntiAffinityArgs(required_during_scheduling_ignored_during_execution=[term])
+    )
+
+
 def http_probe(
     path: str, port: int, *, period: int, failures: int, timeout: int = 5, delay: int | None = None
 ) -> core.v1.ProbeArgs:

@@ -41,14 +41,14 @@ def egress_https(*further: int) -> networking.v1.NetworkPolicyEgressRuleArgs:
 def egress_to(
     labels: Mapping[str, str], *ports: int, namespace: str | None = None
 ) -> networking.v1.NetworkPolicyEgressRuleArgs:
-    """TCP to pods with these labels, of the policy's own namespace or of the one named."""
+    """TCP to pods with these labels, of the policy's own namespace or of the one named; no `ports`: to all."""
     return networking.v1.NetworkPolicyEgressRuleArgs(to=[pods(labels, namespace)], ports=_ports(*ports))
 
 
 def ingress_from(
     labels: Mapping[str, str], *ports: int, namespace: str | None = None
 ) -> networking.v1.NetworkPolicyIngressRuleArgs:
-    """TCP from pods with these labels, of the policy's own namespace or of the one named."""
+    """TCP from pods with these labels, of the policy's own namespace or of the one named; no `ports`: to all."""
     return networking.v1.NetworkPolicyIngressRuleArgs(from_=[pods(labels, namespace)], ports=_ports(*ports))
 
 
@@ -103,4 +103,5 @@ def _addresses(cidr: str, *, without: Sequence[str] = ()) -> networking.v1.Netwo
 
 
 def _ports(*ports: int, protocol: str = "TCP") -> list[networking.v1.NetworkPolicyPortArgs]:
-    return [networking.v1.NetworkPolicyPortArgs(port=port, protocol=protocol) for port in ports]
+    # A rule without ports would allow every protocol; one that has a protocol alone means all ports of it.
+    return [networking.v1.NetworkPolicyPortArgs(port=port, protocol=protocol) for port in ports or (None,)]

@@ -1,4 +1,8 @@
-"""The tuning Job of one adapter: fetch, tune, evaluate and publish in one pod, on one GPU or on several of a node."""
+"""The tuning Job of one adapter: fetch, tune, evaluate and publish in one pod, on one GPU or on several.
+
+On several nodes the Job has a pod on each. They tune together; the first alone evaluates and publishes, and the Job
+ends as it does. A pod that is taken from its node comes again and joins the others, which wait (`training.launch`).
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,16 @@ from infra.fit import tuning_load
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings, TuningSpec
-from workloads.jobs import REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
+from workloads.jobs import INDEX, JOB_LABEL, REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
 from workloads.metrics import scraped
 from workloads.mirror import BASE_WAIT_SECONDS
 from workloads.placement import gpu_node_selector, gpu_share, gpu_tolerations
-from workloads.pods import config, container_security, mount, resources, scratch, shared_memory
-from workloads.policies import egress_https, ingress_scrape, network_policy
+from workloads.pods import config, container_security, mount, one_a_node, resources, scratch, shared_memory
+from workloads.policies import egress_https, egress_to, ingress_from, ingress_scrape, network_policy
 
 ADAPTER_LABEL = "drydock/adapter"
 METRICS = 9401
+RENDEZVOUS = 29500  # torchrun's habit; any port would do
 DATASET = "/work/dataset.jsonl"
 RUN = "/work/run"
 SPECS = "/etc/drydock"
@@ -35,6 +40,9 @@ GRACE_SECONDS = 120  # for the running step, a checkpoint, and its copy in Blob
 # The evaluation asks for as many tokens as the longest expected answer has bytes; text has about four bytes a token.
 BYTES_PER_TOKEN = 4
 TEMPLATE_TOKENS = 64  # the chat template's, and the end of the turn
+
+# Runs what follows it in the first pod of several; in the others there is nothing left to do.
+_FIRST_ALONE = ("sh", "-c", f'test "${INDEX}" -ne 0 || exec "$@"', "first-alone")
 
 # What all containers of the pod may write to, on a read-only root.
 _SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
@@ -78,6 +86,8 @@ class TuningJobArgs:
 class TuningJob(pulumi.ComponentResource):
     """Job `tune-<adapter>-<hash>` with its settings and network policy. `pulumi up` starts it and does not wait.
 
+    On several nodes a headless Service of the same name makes its pods known to each other.
+
     Inputs that decide the adapter are in its name: changed ones make another Job, and the one before is deleted,
     running or not, since nobody wants its result any more (what it published stays published). Other changes of its
     pod, such as the pool, the number of GPUs or the gate, make the Job anew under its name: its new pod goes on from
@@ -93,7 +103,8 @@ class TuningJob(pulumi.ComponentResource):
         super().__init__("drydock:workloads:TuningJob", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
         labels = {"app": "tune", ADAPTER_LABEL: args.adapter}
-        load = tuning_load(args.settings, args.base.figures, args.pool.sizes, gpus=args.tuning.gpus)
+        gpus, nodes = args.tuning.gpus, args.tuning.nodes
+        load = tuning_load(args.settings, args.base.figures, args.pool.sizes, gpus=gpus, nodes=nodes)
         spec = tuning_spec(args.adapter, args.settings, args.base, load.gradient_checkpointing)
         evaluation = pulumi.Output.from_input(args.store).apply(
             lambda store: evaluation_spec(spec, args.base, args.serving, store=store).model_dump_json(indent=2)
@@ -107,19 +118,38 @@ class TuningJob(pulumi.ComponentResource):
             data={"tuning.json": spec.model_dump_json(indent=2), "evaluate.json": evaluation},
             opts=child,
         )
+        together = {JOB_LABEL: title}
+        among = {**labels, **together}
         network_policy(
             f"tune-{args.adapter}",
             args.namespace,
             labels=labels,
-            ingress=[ingress_scrape(METRICS)],
-            egress=[egress_https()],  # Entra, Blob, registry
+            # gloo and NCCL listen wherever there is a free port.
+            ingress=[ingress_scrape(METRICS), *([ingress_from(among)] if nodes > 1 else ())],
+            egress=[egress_https(), *([egress_to(among)] if nodes > 1 else ())],  # Entra, Blob, registry
             resource_name=f"{name}-network",
             opts=child,
         )
+        if nodes > 1:
+            # The name of each pod; of one that is not ready as well, or none could find the first.
+            core.v1.Service(
+                f"{name}-pods",
+                metadata=meta.v1.ObjectMetaArgs(
+                    name=title, namespace=args.namespace, labels=labels, annotations={"pulumi.com/skipAwait": "true"}
+                ),
+                spec=core.v1.ServiceSpecArgs(
+                    cluster_ip="None",
+                    publish_not_ready_addresses=True,
+                    selector=together,
+                    ports=[core.v1.ServicePortArgs(name="rendezvous", port=RENDEZVOUS)],
+                ),
+                opts=child,
+            )
         started = job(
             title,
             args.namespace,
             _pod(args, title, specs.metadata.name),
+            pods=nodes,
             labels=labels,
             retries=args.tuning.retries,
             deadline_seconds=round(args.tuning.deadline_hours * 3600),
@@ -188,6 +218,7 @@ def _base_folder(base: Base) -> str:
 
 
 def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.PodSpecArgs:
+    nodes = args.tuning.nodes
     return job_pod(
         args.service_account,
         [
@@ -196,6 +227,7 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
                 "evaluate",
                 args.serving_image,
                 [
+                    *(_FIRST_ALONE if nodes > 1 else ()),
                     *("python", "-m", "serving", "evaluate", "--spec", f"{SPECS}/evaluate.json", "--run", RUN),
                     "--store",
                     args.store,
@@ -213,6 +245,8 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
         node_selector=gpu_node_selector(args.tuning.pool),
         tolerations=gpu_tolerations(args.pool),
         grace_seconds=GRACE_SECONDS,
+        affinity=one_a_node({JOB_LABEL: title}) if nodes > 1 else None,
+        subdomain=title if nodes > 1 else None,
         # One after the other, so that they share the GPUs and the weights on the disk.
         init_containers=[
             _fetch(
@@ -239,12 +273,19 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
                     pulumi.Output.concat("az://", args.account, "/checkpoints/", title),
                     *("--metrics-address", f"0.0.0.0:{METRICS}"),
                     *(("--processes", str(args.tuning.gpus)) if args.tuning.gpus > 1 else ()),
+                    *(_together(title, nodes) if nodes > 1 else ()),
                 ],
                 gpus=args.tuning.gpus,
                 ports=[core.v1.ContainerPortArgs(name="metrics", container_port=METRICS)],
             ),
         ],
     )
+
+
+def _together(title: str, nodes: int) -> tuple[str, ...]:
+    """Options of `tune` that are the same in each pod: a Job has one template. Its number is in the environment."""
+    # Kubernetes gives pod 0 of an Indexed Job this host name, and its Service makes that known.
+    return ("--nodes", str(nodes), "--rendezvous", f"{title}-0.{title}:{RENDEZVOUS}", "--rejoin")
 
 
 def _fetch(

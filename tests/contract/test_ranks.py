@@ -15,13 +15,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from azure.core.credentials import AzureNamedKeyCredential
+from azure.storage.blob import BlobServiceClient
 from safetensors.torch import load_file
 
 from common import exits
 from common.files import file_digest, read_json, read_jsonl, write_jsonl
 from common.processes import Processes, free_ports, python
+from localcloud import azurite
+from localcloud.azurite import AZURITE
 from tests.contract.conftest import wait_until
 from tests.unit.conftest import ROWS, rows_file, tiny_base  # noqa: F401  fixtures
+from tests.unit.flaky_proxy import FlakyProxy
 from training.begin import split
 from training.spec import TuningSpec
 from training.tune import tune
@@ -72,9 +77,13 @@ def ended(process: subprocess.Popen[bytes], folder: Path, seconds: float = START
     return (folder / log).read_text()
 
 
-def at_step(folder: Path, step: int) -> None:
+def steps_of(folder: Path) -> int:
     events = folder / "run" / "events.jsonl"
-    wait_until(lambda: events.is_file() and events.read_text().count("\n") >= step, START_SECONDS, f"step {step}")
+    return events.read_text().count("\n") if events.is_file() else 0
+
+
+def at_step(folder: Path, step: int) -> None:
+    wait_until(lambda: steps_of(folder) >= step, START_SECONDS, f"step {step}")
 
 
 def same_bits(one: Path, other: Path) -> bool:
@@ -153,6 +162,81 @@ def test_two_nodes_without_a_shared_disk_give_the_bytes_of_two_processes_on_one(
         assert process.returncode == exits.OK, said
     assert same_bits(tmp_path / "0", whole)
     assert not (tmp_path / "1" / "run").exists()
+
+
+def test_a_node_that_goes_is_waited_for_and_the_others_need_not_be_started_again(
+    spec: Spec, whole: Path, tmp_path: Path, processes: Processes
+) -> None:
+    options = ("--nodes", "2", "--rendezvous", f"127.0.0.1:{free_ports(1)[0]}", "--rejoin", "--node-rank")
+    settings = spec(save_steps=5)
+
+    def begun(node: int, log: str) -> subprocess.Popen[bytes]:
+        return started(processes, settings, tmp_path / str(node), *options, str(node), log=log)
+
+    first, other = begun(0, "log"), begun(1, "log")
+    at_step(tmp_path / "0", 5)
+    other.terminate()  # as an eviction does
+    said = ended(other, tmp_path / "1")
+    assert other.returncode == exits.TERMINATED, said
+    wait_until(lambda: "joining again" in (tmp_path / "0" / "log").read_text(), 30, "the first to wait for it")
+    stopped = steps_of(tmp_path / "0")
+    other = begun(1, "again")
+    at_step(tmp_path / "0", stopped + 7)
+    assert first.poll() is None
+    (rank,) = psutil.Process(first.pid).children()
+    rank.kill()  # as a node that fails
+    said = ended(first, tmp_path / "0")
+    assert first.returncode == exits.FAILED, said
+    wait_until(lambda: "joining again" in (tmp_path / "1" / "again").read_text(), 60, "the other to join again")
+    newest = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "0" / "run").glob("checkpoints/step-*"))
+    assert stopped < newest < STEPS
+    again = begun(0, "again")
+    said = ended(again, tmp_path / "0", log="again")
+    assert again.returncode == exits.OK, said
+    assert f"resuming at step {newest} of {STEPS}" in said
+    said = ended(other, tmp_path / "1", 60, log="again")
+    assert other.returncode == exits.OK, said
+    assert same_bits(tmp_path / "0", whole)
+
+
+@pytest.mark.skipif(not AZURITE.exists(), reason="needs npm: make azurite")
+def test_the_first_node_is_never_left_alone_with_steps_to_make_and_needs_no_other_without(
+    spec: Spec, tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pod is lost after the tuning, with its disk; then whatever of the steps is not in Blob is to be made again."""
+    endpoint = azurite.start(processes, tmp_path / "azurite", tmp_path / "azurite.log")
+    service = BlobServiceClient(endpoint, AzureNamedKeyCredential(azurite.ACCOUNT, azurite.KEY), use_env_settings=False)
+    service.create_container("checkpoints")
+    proxy = FlakyProxy(endpoint)
+    monkeypatch.setenv("DRYDOCK_BLOB_ENDPOINT", proxy.url)
+    monkeypatch.setenv("AZURE_STORAGE_KEY", azurite.KEY)
+    settings = spec(num_train_epochs=1)
+    options = ["--checkpoints", f"az://{azurite.ACCOUNT}/checkpoints/kubectl", "--nodes", "2", "--rejoin"]
+    options += ["--rendezvous", f"127.0.0.1:{free_ports(1)[0]}", "--node-rank"]
+
+    def finished(folder: str, *more: str) -> dict[str, Any]:
+        process = started(processes, settings, tmp_path / folder, *options, "0", *more)
+        said = ended(process, tmp_path / folder)
+        assert process.returncode == exits.OK, said
+        return read_json(tmp_path / folder / "run" / "tuning.json")
+
+    try:
+        proxy.fault = lambda number, method, path: "500" if method == "PUT" else None
+        other = started(processes, settings, tmp_path / "other", *options, "1")
+        finished("uncopied")
+        wait_until(lambda: "joining again" in (tmp_path / "other" / "log").read_text(), 60, "the other to stay")
+        proxy.fault = lambda number, method, path: None
+        copied = finished("copied")
+        said = ended(other, tmp_path / "other", 60)
+        assert other.returncode == exits.OK, said
+        alone = finished("alone", "--processes", "2")  # as many as in the other node's place: none of them takes part
+    finally:
+        proxy.close()
+    differ = {"seconds", "tokens_per_second"}
+    assert {key: copied[key] for key in copied.keys() - differ} == {key: alone[key] for key in alone.keys() - differ}
+    assert alone["world_size"] == 2
+    assert same_bits(tmp_path / "alone", tmp_path / "copied")
+    assert same_bits(tmp_path / "uncopied", tmp_path / "copied")
 
 
 def test_a_row_that_breaks_the_loss_of_one_process_ends_both_with_its_line_and_the_code_of_wrong_input(

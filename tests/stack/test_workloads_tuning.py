@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from typing import Any
 
 import pulumi
 import pytest
 
+from common.settings import SettingsError
 from infra.pools import POOL_LABEL, gpu_taints
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import DIGEST, Recorder, deploy
 from tests.unit.registrations import registered
+from tests.unit.test_environment import environment
 from training.spec import TuningSettings, TuningSpec
 from workloads.tuning import NAME_LIMIT, TuningJob, TuningJobArgs, evaluation_spec, job_name, tuning_spec
 
@@ -206,6 +210,105 @@ def test_gpus_that_tune_together_are_asked_for_within_one_node(size: str, gpus: 
     (shared,) = [item["emptyDir"] for item in pod(seen)["volumes"] if item["name"] == "shm"]
     assert gpus <= int(shared["sizeLimit"].removesuffix("Gi")) < memory / 2  # it counts as the pod's memory
     assert {item.name: said for item in seen.resources if item.custom and (said := problems(item.inputs))} == {}
+
+
+TOGETHER = Tuning(pool="big", gpus=4, nodes=3)
+
+
+@pytest.fixture(scope="module")
+def together() -> Recorder:
+    return deployed(tuning=TOGETHER, pool=GpuPool(vm_size="Standard_NC96ads_A100_v4", max_nodes=3))
+
+
+def test_several_nodes_are_pods_of_one_job_that_ends_as_the_first_does(seen: Recorder, together: Recorder):
+    spec, before = job(together)["spec"], job(seen)["spec"]
+    assert (int(spec["completions"]), int(spec["parallelism"]), spec["completionMode"]) == (3, 3, "Indexed")
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    for key in ("podFailurePolicy", "podReplacementPolicy"):
+        assert spec[key] == before[key]
+    assert not {"completions", "parallelism", "completionMode", "successPolicy"} & set(before)
+    assert job(together)["metadata"]["name"] == job(seen)["metadata"]["name"], "the same weights"
+    assert {item.name: said for item in together.resources if item.custom and (said := problems(item.inputs))} == {}
+
+
+def test_the_pods_find_the_first_by_name_each_on_a_node_of_its_own(together: Recorder):
+    name, spec = job(together)["metadata"]["name"], pod(together)
+    service = together.one(":Service").inputs
+    assert service["metadata"]["name"] == spec["subdomain"] == name
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert service["metadata"]["annotations"]["pulumi.com/skipAwait"] == "true", "its pods may wait an hour for a GPU"
+    mine = {"batch.kubernetes.io/job-name": name}
+    assert service["spec"]["selector"] == mine
+    assert containers(together)["tune"]["command"][-7:] == [
+        *("--processes", "4", "--nodes", "3", "--rendezvous", f"{name}-0.{name}:29500", "--rejoin")
+    ]
+    (apart,) = spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart == {"labelSelector": {"matchLabels": mine}, "topologyKey": "kubernetes.io/hostname"}
+
+
+def test_the_pods_of_one_job_and_no_others_may_talk_to_each_other(together: Recorder):
+    labels = job(together)["spec"]["template"]["metadata"]["labels"]
+    mine = {**labels, "batch.kubernetes.io/job-name": job(together)["metadata"]["name"]}
+    del mine["azure.workload.identity/use"]
+    rules = together.one(":NetworkPolicy").inputs["spec"]
+    for side, peers in (("ingress", "from"), ("egress", "to")):
+        https_or_metrics, among = rules[side]
+        assert among == {peers: [{"podSelector": {"matchLabels": mine}}], "ports": [{"protocol": "TCP"}]}
+        assert [set(item) for item in https_or_metrics["ports"]] == [{"port", "protocol"}]
+
+
+@pytest.mark.parametrize(("index", "said"), [("0", "python -m serving evaluate"), ("1", ""), ("12", "")])
+def test_the_first_alone_evaluates(index: str, said: str, together: Recorder):
+    command = containers(together)["evaluate"]["command"]
+    shell, words = command[:4], command[4:]
+    assert words == containers(deployed())["evaluate"]["command"]
+    ran = subprocess.run(
+        [*shell, "echo", *words], env={**os.environ, "JOB_COMPLETION_INDEX": index}, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout.strip().startswith(said)) == (0, True)
+    assert bool(ran.stdout) == bool(said)
+    failed = subprocess.run([*shell, "sh", "-c", "exit 3"], env={**os.environ, "JOB_COMPLETION_INDEX": "0"})
+    assert failed.returncode == 3, "its exit code is the container's"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "pool", "adapters", "gpus", "least"),
+    [
+        (2, "big", 1, 4, 2),
+        (16, "big", 1, 4, 16),
+        (2, "big", 3, 4, 4),  # three that hold one each, and one more
+        (3, "big", 2, 4, 5),
+        (2, "shared", 1, 4, 3),  # and one for the two replicas
+        (2, "shared", 1, 2, 2),  # which have room beside two GPUs
+    ],
+)
+def test_a_pool_has_the_nodes_that_are_needed_at_once(nodes: int, pool: str, adapters: int, gpus: int, least: int):
+    def told(most: int) -> list[str]:
+        pools = {"big": {"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": most}}
+        pools["other"] = {"vm_size": "Standard_NC24ads_A100_v4", "max_nodes": 2}
+        try:
+            environment(
+                pools=json.dumps(pools),
+                tuning=json.dumps({"pool": "big", "nodes": nodes, "gpus": gpus}),
+                serving=json.dumps({"pool": "big" if pool == "shared" else "other", "max_model_len": 4096}),
+                adapters=json.dumps({f"a{number}": {"dataset": "d.jsonl"} for number in range(adapters)}),
+            )
+        except SettingsError as error:
+            return error.problems
+        return []
+
+    assert told(least) == []
+    (problem,) = told(least - 1)
+    assert problem.startswith(f"tuning.nodes: {nodes} nodes")
+    assert f" need {least} in pool big" in problem
+    assert problem.endswith(f"which has {least - 1} at most: raise pools.big.max_nodes or lower it")
+
+
+def test_all_nodes_of_a_job_count_among_what_tuning_may_hold_of_the_serving_pool():
+    pools = json.dumps({"a100": {"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": 4}})
+    env = environment(pools=pools, tuning=json.dumps({"pool": "a100", "gpus": 4, "nodes": 3}))
+    assert env.other_gpus == 12
 
 
 def test_the_root_is_read_only_and_all_that_is_written_lies_in_volumes(seen: Recorder):

@@ -113,6 +113,14 @@ def test_a_tokenizer_without_an_end_is_an_error(with_template: Any) -> None:
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_is_loaded_once_for_the_same_files_and_again_for_changed_ones(with_template: Any) -> None:
+    folder = with_template(TEMPLATE)
+    loaded = load_tokenizer(folder)
+    assert load_tokenizer(folder) is loaded
+    (folder / "chat_template.jinja").write_text(TEMPLATE + " ")
+    assert load_tokenizer(folder).chat_template == TEMPLATE + " "
+
+
 def test_the_check_counts_prompts_in_the_bases_tokens_and_knows_its_control_tokens(
     tiny_base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
