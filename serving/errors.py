@@ -38,14 +38,20 @@ def shape(status: int, message: str, code: str | None, param: str | None = None)
 _TOO_LONG = ("input_tokens", "input_text")
 
 
-def from_vllm(status: int, body: bytes) -> Refusal:
-    """vLLM's own error answer, whose `code` repeats the status and whose `type` is the name of a Python class."""
+def from_vllm(status: int, body: bytes, *, grammar: bool = False) -> Refusal:
+    """vLLM's own error answer, whose `code` repeats the status and whose `type` is the name of a Python class.
+
+    `grammar`: the answer was held to a schema or grammar. One that allows no token ends, in vLLM 0.32, as a failure of
+    its own, and so many of these would make the router think that the replica is ill.
+    """
     try:
         error: Any = json.loads(body)
         error = error.get("error", error)
         message, param = str(error["message"]), error.get("param")
     except (ValueError, LookupError, TypeError, AttributeError):
         message, param = body.decode(errors="replace")[:1000] or f"vLLM answered {status}", None
+    if status == 500 and grammar and message == "Internal server error":
+        return Refusal(400, "the schema or grammar of this request allows no answer", "invalid_value")
     if status == 404:
         code = "model_not_found"  # the version was unloaded just now
     elif status < 500:

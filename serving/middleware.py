@@ -24,6 +24,7 @@ from serving.admission import Admission
 from serving.errors import Refusal
 from serving.heartbeat import Heartbeat
 from serving.keys import ANYONE, Caller, Keys, without_key
+from serving.spec import Tier
 from serving.startup import Phases
 from serving.state import TOKEN_HEADER, Aliases, AliasReader, loaded_name, new_boot, prepare, read_token
 from serving.traffic import IN_FLIGHT, STALLED, Answer
@@ -175,10 +176,20 @@ class RequestLayer:
                 answer.model = self._resolve(request, azure=deployment is not None)
                 requests.check(request, route, caller.limits, self.max_model_len)
                 body = requests.dump(request)
-                await self._measure(scope, request, body, caller)
+                await self._measure(scope, request, body, caller.limits)
                 forwarded = _resized(scope, body)
                 if self.keys:
                     forwarded["headers"] = without_key(forwarded["headers"])
+
+                async def refine(refusal: Refusal) -> Refusal:
+                    if refusal.code != "context_length_exceeded":
+                        return refusal
+                    tokens = await self._longest(scope, request)  # vLLM stops counting at the limit
+                    context = self.max_model_len
+                    return requests.too_long(tokens, context, context, route) if tokens else refusal
+
+                answer.grammar = requests.has_grammar(request)
+                answer.refine = refine
                 self._await(+1)
                 answer.awaited = self._await
                 try:
@@ -225,21 +236,24 @@ class RequestLayer:
         what, code = ("deployment", "DeploymentNotFound") if azure else ("model", "model_not_found")
         raise Refusal(404, f"{what} {model!r:.200} does not exist; served here: {known}", code, param="model")
 
-    async def _measure(self, scope: Message, request: dict[str, Any], body: bytes, caller: Caller) -> None:
-        """Hold the prompts against the caller's limit and the context. Raises `Refusal` (400) with both figures.
+    async def _measure(self, scope: Message, request: dict[str, Any], body: bytes, limits: Tier) -> None:
+        """Hold the prompts against the tier's own limit. Raises `Refusal` (400) with both figures.
 
-        Only a body long enough to exceed it is tokenised, by vLLM itself: as it will be, template and all.
+        Only a body long enough to exceed it is tokenised. The context is vLLM's to check, which tokenises anyhow.
         """
-        limit = min(caller.limits.prompt_tokens or self.max_model_len, self.max_model_len - 1)
-        if not requests.may_exceed(body, limit):
+        limit = limits.prompt_tokens
+        if limit is None or limit >= self.max_model_len or not requests.may_exceed(body, limit):
             return
-        route = scope["path"]
-        tokens = requests.longest_given(request)
-        for asked in requests.tokenize_requests(request, route):
-            if requests.may_exceed(data := requests.dump(asked), limit):
-                tokens = max(tokens, await self._count(scope, data))
+        tokens = await self._longest(scope, request)
         if tokens > limit:
-            raise requests.too_long(tokens, limit, self.max_model_len, route)
+            raise requests.too_long(tokens, limit, self.max_model_len, scope["path"])
+
+    async def _longest(self, scope: Message, request: dict[str, Any]) -> int:
+        """Tokens of the longest prompt, counted by vLLM itself: as it will be, template and all."""
+        tokens = requests.longest_given(request)
+        for asked in requests.tokenize_requests(request, scope["path"]):
+            tokens = max(tokens, await self._count(scope, requests.dump(asked)))
+        return tokens
 
     async def _count(self, scope: Message, body: bytes) -> int:
         """Tokens of what /tokenize is asked; 0 where it refuses, for vLLM will say why when it gets the request."""

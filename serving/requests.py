@@ -1,7 +1,7 @@
 """What a request may say: its body read strictly, its fields known, its size within the limits of who asks.
 
 A field is refused unless it is listed here. Some of vLLM's own would let one client harm the others (`priority`,
-`prompt_logprobs`, `kv_transfer_params`), or get around a limit (`use_beam_search`, `documents`); those that a newer
+`prompt_logprobs`, in a chat `echo`), or get around a limit (`use_beam_search`, `documents`); those that a newer
 vLLM brings are closed until somebody has looked at them.
 """
 
@@ -22,13 +22,13 @@ _BOTH = """
     logprobs user response_format
     top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids include_stop_str_in_output bad_words
     allowed_token_ids skip_special_tokens spaces_between_special_tokens add_special_tokens structured_outputs
-    return_tokens_as_token_ids return_token_ids cache_salt echo
+    return_tokens_as_token_ids return_token_ids cache_salt
 """  # OpenAI's, then vLLM's
 _CHAT_ONLY = """
     messages max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls reasoning_effort
     add_generation_prompt continue_final_message chat_template_kwargs include_reasoning
 """
-_COMPLETIONS_ONLY = "prompt suffix"
+_COMPLETIONS_ONLY = "prompt suffix echo"
 # OpenAI's that change nothing here, by what they mean or because there is only one way to do it.
 WITHOUT_EFFECT = """
     metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity modalities
@@ -84,6 +84,12 @@ def check(request: dict[str, Any], route: str, limits: Tier, max_model_len: int)
         raise Refusal(400, message, first.code, param=first.param)
 
 
+def has_grammar(request: dict[str, Any]) -> bool:
+    """Whether the answer is held to a form, which may allow no answer at all."""
+    held = ("structured_outputs", "response_format")
+    return any(request.get(name) for name in held) or request.get("tool_choice") not in (None, "auto", "none")
+
+
 def tokenize_requests(request: dict[str, Any], route: str) -> list[dict[str, Any]]:
     """What vLLM's /tokenize is asked to learn the length of each prompt of `request`; none for token ids."""
     model = request["model"]
@@ -114,7 +120,7 @@ def longest_given(request: dict[str, Any]) -> int:
 
 def too_long(tokens: int, limit: int, max_model_len: int, route: str) -> Refusal:
     """The answer to a prompt of `tokens`, more than `limit`."""
-    if limit < max_model_len - 1:
+    if limit < max_model_len:
         message = f"The longest prompt allowed to you is {limit:,} tokens; yours has {tokens:,}. Shorten it."
     else:
         message = (
@@ -134,9 +140,13 @@ def _fields(request: dict[str, Any], route: str) -> Iterator[Refusal]:
     if unknown:
         names = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in unknown[:10])
         yield Refusal(400, f"not supported here: {names}", "unsupported_parameter", param=unknown[0][:100])
+    grammar = request.get("structured_outputs")
+    if grammar is not None and not isinstance(grammar, dict):  # vLLM 0.32 answers 500
+        yield Refusal(400, "structured_outputs should be an object", "invalid_value", param="structured_outputs")
     if request.get("echo") and request.get("logprobs") is not None:
-        # As prompt_logprobs: with vLLM 0.32 and --enable-lora these, beside another request in the batch, end in a
-        # shape error in the LoRA logits layer that stops the engine, and with it every request of the replica.
+        # Both together make prompt_logprobs, as `echo` alone does in a chat. With vLLM 0.32 and --enable-lora these,
+        # beside another request in the batch, end in a shape error in the LoRA logits layer that stops the engine, and
+        # with it every request of the replica.
         yield Refusal(400, "echo with logprobs is not served here", "unsupported_parameter", param="echo")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from serving.errors import from_vllm
+from serving.errors import Refusal, from_vllm
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -37,55 +38,88 @@ STALLED = Gauge(
 )
 
 
+EVENT = b"data: "
+_ERROR_EVENT = EVENT + b'{"error"'  # vLLM's word for a stream that it cannot go on with
+
+
 class Answer:
-    """A `send` that passes vLLM's answer on, errors in OpenAI's shape, and notes how it went."""
+    """A `send` that passes vLLM's answer on, errors in OpenAI's shape, and notes how it went.
+
+    The head of a stream waits for its first event: vLLM says 200 before it has looked at the request as a whole, and an
+    error that comes first is an answer with that error's status.
+    """
 
     def __init__(self, send: Send, tier: str = "") -> None:
-        self.tier, self.model = tier, ""
+        self.tier, self.model, self.grammar = tier, "", False
         self.outcome: str | None = None
         self.awaited: Callable[[int], None] = lambda _: None  # told -1 and +1 around the time a client takes to read
+        self.refine: Callable[[Refusal], Awaitable[Refusal]] | None = None  # says more about an error, where it can
         self._send, self._started = send, time.perf_counter()
-        self._error: Message | None = None  # the head of an error answer, until its body is known
+        self._head: Message | None = None  # what waits to be sent
         self._body = b""
-        self._streams = self._first = self._broken = False
+        self._streams = self._broken = self._over = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if message["status"] >= 400:
-                self._error = message
-                return
             self._streams = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )
-        elif message["type"] == "http.response.body":
-            part, last = message.get("body", b""), not message.get("more_body")
-            if self._error is not None:
-                return await self._tell(self._error, part, last)
-            if self._streams and part:
-                if not self._first:
-                    self._first = True
-                    TTFT.labels(self.model, self.tier).observe(time.perf_counter() - self._started)
-                if part.startswith(b'data: {"error"'):  # vLLM's word for a stream that it cannot go on with
-                    self._broken = True
+            self._head = message
+            return
+        if message["type"] != "http.response.body" or self._over:
+            return
+        part, last = message.get("body", b""), not message.get("more_body")
+        head = self._head
+        if head is not None and head["status"] >= 400:
+            self._body += part
             if last:
-                self.outcome = "error" if self._broken else "ok"
+                await self._tell(head, from_vllm(head["status"], self._body, grammar=self.grammar))
+            return
+        if head is not None:
+            if self._streams and not part and not last:
+                return
+            if self._streams and part.startswith(_ERROR_EVENT):
+                return await self._tell(head, self._refusal_in(part))
+            if self._streams:
+                TTFT.labels(self.model, self.tier).observe(time.perf_counter() - self._started)
+            self._head = None
+            await self._pass(head)
+        elif self._streams and part.startswith(_ERROR_EVENT):
+            self._broken = True
+            message = {**message, "body": EVENT + self._refusal_in(part).body + b"\n\n"}
+        if last:
+            self.outcome = "error" if self._broken else "ok"
+        await self._pass(message)
+
+    async def _pass(self, message: Message) -> None:
         self.awaited(-1)
         try:
             await self._send(message)
         finally:
             self.awaited(+1)
 
-    async def _tell(self, start: Message, part: bytes, last: bool) -> None:
-        self._body += part
-        if not last:
-            return
-        refusal = from_vllm(start["status"], self._body)
+    def _refusal_in(self, event: bytes) -> Refusal:
+        """The error that an event of a stream tells."""
+        text = event[len(EVENT) :].split(b"\n", 1)[0]
+        try:
+            status = json.loads(text)["error"]["code"]
+        except (ValueError, LookupError, TypeError):
+            status = 500
+        known = isinstance(status, int) and 400 <= status < 600
+        return from_vllm(status if known else 500, text, grammar=self.grammar)
+
+    async def _tell(self, head: Message, refusal: Refusal) -> None:
+        self._over = True
+        if self.refine:
+            refusal = await self.refine(refusal)
         self.outcome = "error" if refusal.status >= 500 else refusal.code
         body = refusal.body
         ours = {b"content-type": b"application/json", b"content-length": str(len(body)).encode()}
-        headers = [(name, value) for name, value in start["headers"] if name not in ours]
-        await self._send({**start, "headers": [*headers, *ours.items()]})
-        await self._send({"type": "http.response.body", "body": body})
+        headers = [
+            (name, value) for name, value in head["headers"] if name not in ours and name != b"transfer-encoding"
+        ]
+        await self._pass({**head, "status": refusal.status, "headers": [*headers, *ours.items()]})
+        await self._pass({"type": "http.response.body", "body": body})
 
     def count(self, gone: bool = False) -> None:
         """Note the outcome, once, at the end. `gone`: the client left before."""

@@ -27,6 +27,19 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "rehearsal" / "base"
 
 
+LONGEST = ("test_rehearsal", "replica")  # begun first, so that two workers end together
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` the files that share the replica stay with one worker, and each other file whole."""
+    sharing = {item.path for item in items if "replica" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "replica" if item.path in sharing else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    groups = {item: next(mark.args[0] for mark in item.iter_markers("xdist_group")) for item in items}
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+
+
 def wait_until(condition, seconds: float, what: str) -> float:
     """Seconds until `condition()` is true; fails the test when it takes longer than `seconds`."""
     started = time.monotonic()

@@ -66,9 +66,23 @@ def test_the_context_is_the_limit_of_those_who_have_no_other(replica: Replica) -
 
 
 def test_at_the_edge_of_the_context_layer_and_engine_agree(replica: Replica) -> None:
-    for tokens, status in ((1023, 200), (1024, 400)):
-        body = {"model": "base", "prompt": [5] * tokens, "max_tokens": 1, "ignore_eos": True}
-        assert replica.post("/v1/completions", body).status_code == status, tokens
+    for tokens, status in ((1023, 200), (1024, 400), (1025, 400)):
+        for stream in (False, True):
+            body = {"model": "base", "prompt": [5] * tokens, "max_tokens": 1, "ignore_eos": True, "stream": stream}
+            reply = replica.post("/v1/completions", body)
+            assert reply.status_code == status, (tokens, reply.text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [{"structured_outputs": {"json": '{"$ref": "#"}'}}, {"stop_token_ids": [10**6]}, {"logit_bias": {"9999999": 1}}],
+    ids=["grammar", "stop", "bias"],
+)
+def test_what_only_the_engine_finds_wrong_is_400_also_for_a_stream(replica: Replica, more: Any, stream: bool) -> None:
+    reply = replica.post("/v1/completions", {"model": "base", "prompt": "a b c", "stream": stream, **more})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert replica.chat("base", "hi", max_tokens=1).status_code == 200
 
 
 def test_an_answer_ends_at_the_longest_that_the_tier_allows(replica: Replica) -> None:

@@ -392,7 +392,6 @@ def test_a_body_without_a_model_is_400(layer: Layer, value: Any) -> None:
         ({"prompt_logprobs": None}, 200),
         ({"echo": False, "logprobs": 2}, 200),
         ({"logprobs": 5}, 200),
-        ({"echo": True}, 200),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -402,6 +401,12 @@ def test_a_request_that_would_kill_the_engine_for_all_is_400(
     reply = layer.ask("POST", path, {"model": "base"} | PROMPTS[path] | more)
     assert reply.status == status
     assert len(layer.inner.bodies) == (status == 200)
+
+
+def test_echo_asks_a_chat_for_what_kills_the_engine_and_a_completion_for_its_prompt(layer: Layer) -> None:
+    """For a chat vLLM 0.32 makes prompt_logprobs of it (found by benches/fuzz.py)."""
+    assert layer.ask("POST", CHAT, {"model": "base", "messages": [], "echo": True}).status == 400
+    assert layer.ask("POST", COMPLETIONS, {"model": "base", "prompt": "x", "echo": True}).status == 200
 
 
 def test_no_depth_of_nesting_is_a_500(layer: Layer) -> None:
@@ -597,6 +602,83 @@ def test_vllms_errors_take_openais_shape_and_are_counted(
     assert set(reply.body["error"]) == {"message", "type", "param", "code"}
     assert reply.headers[b"content-type"] == b"application/json"
     assert counted(outcome) == before + 1
+
+
+class Stream:
+    """Stands for vLLM, which streams these events."""
+
+    def __init__(self, *events: bytes) -> None:
+        self.events = events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"transfer-encoding", b"chunked")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for event in self.events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+LATE = b'data: {"error": {"message": "out of vocabulary", "type": "BadRequestError", "param": "stop", "code": 400}}\n\n'
+BROKEN = b'data: {"error": {"message": "Internal server error", "type": "InternalServerError", "param": null, "code": 500}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "status", "code", "outcome"),
+    [
+        (LATE, {}, 400, "invalid_value", "invalid_value"),
+        (BROKEN, {}, 500, "internal_error", "error"),
+        (BROKEN, {"structured_outputs": {"json": "{}"}}, 400, "invalid_value", "invalid_value"),
+        (BROKEN, {"tools": [], "tool_choice": "auto"}, 500, "internal_error", "error"),
+    ],
+)
+def test_an_error_before_the_first_token_is_an_answer_with_its_status(
+    layer: Layer, first: bytes, more: Any, status: int, code: str, outcome: str
+) -> None:
+    layer.app.app = Stream(first, DONE)
+    before = counted(outcome)
+    reply = layer.chat("base", stream=True, **more)
+    assert (reply.status, reply.body["error"]["code"]) == (status, code)
+    assert reply.headers[b"content-type"] == b"application/json" and b"transfer-encoding" not in reply.headers
+    assert counted(outcome) == before + 1
+
+
+def test_an_error_after_it_is_an_event_in_openais_shape_and_counts_as_one(layer: Layer) -> None:
+    layer.app.app = Stream(b'data: {"choices": []}\n\n', BROKEN, DONE)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"model": "base", "stream": true}', "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    before = counted("error")
+    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "headers": []}
+    asyncio.run(layer.app(scope, receive, send))
+    assert sent[0]["status"] == 200
+    events = b"".join(message.get("body", b"") for message in sent).split(b"\n\n")
+    assert json.loads(events[1].removeprefix(b"data: "))["error"] == {
+        "message": "Internal server error", "type": "server_error", "param": None, "code": "internal_error",
+    }  # fmt: skip
+    assert events[2] == b"data: [DONE]"
+    assert counted("error") == before + 1
+
+
+def test_a_context_exceeded_is_told_with_the_length_that_vllm_did_not_count_to_its_end(layer: Layer) -> None:
+    error = {"message": "at least 4097", "type": "BadRequestError", "param": "input_tokens", "code": 400}
+
+    async def vllm(scope: Any, receive: Any, send: Any) -> None:
+        counting = scope["path"] == "/tokenize"
+        body = json.dumps({"count": 5000} if counting else {"error": error}).encode()
+        await send({"type": "http.response.start", "status": 200 if counting else 400, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    layer.app.app = vllm
+    reply = layer.chat("base")
+    assert reply.body["error"]["code"] == "context_length_exceeded"
+    assert "maximum context length is 4,096 tokens" in reply.body["error"]["message"]
+    assert "has 5,000" in reply.body["error"]["message"]
 
 
 def test_an_engine_that_makes_no_step_is_seen_and_a_slow_client_is_no_such_engine(layer: Layer) -> None:

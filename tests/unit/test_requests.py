@@ -14,6 +14,7 @@ from serving.requests import (
     DEEPEST,
     check,
     dump,
+    has_grammar,
     longest_given,
     may_exceed,
     parse,
@@ -112,6 +113,27 @@ def test_all_that_is_wrong_is_told_together() -> None:
         assert part in refusal.message
 
 
+@pytest.mark.parametrize("value", [[], "x", 5, True, " "])
+def test_a_grammar_is_an_object_or_vllm_would_answer_500(value: Any) -> None:
+    refusal = refused(COMPLETIONS, structured_outputs=value)
+    assert refusal and refusal.param == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    ("fields", "held"),
+    [
+        ({}, False),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"choice": ["a"]}}, True),
+        ({"tools": [{}], "tool_choice": "auto"}, False),
+        ({"tools": [{}], "tool_choice": "required"}, True),
+        ({"tools": [{}], "tool_choice": {"type": "function"}}, True),
+    ],
+)
+def test_what_holds_an_answer_to_a_form(fields: dict[str, Any], held: bool) -> None:
+    assert has_grammar(fields) == held
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file", None, 7])
 def test_parts_that_vllm_would_fetch_are_refused(kind: Any) -> None:
     part = {"type": kind, "image_url": {"url": "http://169.254.169.254/"}}
@@ -205,7 +227,7 @@ def test_a_short_body_needs_no_tokeniser() -> None:
 
 
 def test_too_long_says_both_figures_and_whose_limit_it_is() -> None:
-    context = too_long(5000, 4095, 4096, CHAT)
+    context = too_long(5000, 4096, 4096, CHAT)
     assert (context.status, context.code, context.param) == (400, "context_length_exceeded", "messages")
     assert "maximum context length is 4,096 tokens" in context.message and "has 5,000" in context.message
     tier = too_long(5000, 1000, 4096, COMPLETIONS)

