@@ -9,7 +9,7 @@ TUNING_TESTS = $(BIN)/python -m pytest tests/tuning -q -n 2 --dist loadfile
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning images preview up destroy render clean
+.PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning bench-serving fuzz images preview up destroy render dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -80,9 +80,9 @@ $(READY): requirements/machine.lock requirements/uv.lock
 	@touch $@
 
 # What the contract tests need beyond .venv: Debian's packages, where this machine lets us install them. docker-registry
-# is a real OCI registry; haproxy and dumb-init stand before the router.
+# is a real OCI registry; haproxy and dumb-init stand before the router; prometheus has promtool, which tries the alerts.
 registry:
-	@missing=; for tool in docker-registry haproxy dumb-init; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@missing=; for tool in docker-registry haproxy dumb-init prometheus; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    { apt-get install -y -q $$missing || { apt-get update -q && apt-get install -y -q $$missing; }; } >/dev/null 2>&1; fi; \
@@ -117,6 +117,9 @@ endif
 render: setup  ## write all Kubernetes objects of an environment as YAML to OUT/render (STACK=dev); no cloud needed
 	$(BIN)/python -m workloads.render --stack $(STACK) --out $(OUT)/render
 
+dashboards: setup  ## write the Grafana dashboards as JSON to OUT/dashboards, for a Grafana that is not declared here
+	$(BIN)/python -m workloads.dashboards --out $(OUT)/dashboards
+
 # Python 3.11 is the oldest supported: without saying so, the result would depend on the one that runs here.
 LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --custom-compile-command "make lock"
@@ -144,6 +147,13 @@ $(BENCH)/.installed: benches/requirements.lock $(READY)
 
 bench-tuning: $(BENCH)/.installed  ## tokens/s of our trainer and of TRL on this machine, alone on it for some 15 minutes
 	$(BENCH)/bin/python -m benches.tuning --out $(OUT)
+
+bench-serving: setup  ## our replica against vLLM alone on this machine, alone on it for some 15 minutes (COMPILE=1: torch.compile)
+	@$(BIN)/python -m benches.serving --out $(OUT) $(if $(COMPILE),--compile)
+
+MINUTES ?= 60
+fuzz: setup  ## generated requests against a real replica (MINUTES=60, SEED=1 for the same again); findings in OUT/fuzz
+	@$(BIN)/python -m benches.fuzz --out $(OUT) --minutes $(MINUTES) $(addprefix --seed ,$(SEED))
 
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(if $(shell command -v $(tool)),$(tool))))
 IMAGES ?= training serving router stress

@@ -16,6 +16,8 @@ from pulumi_kubernetes import core, meta
 
 NAMESPACE_LABEL = "kubernetes_namespace"
 SIDECAR_PORT = "sidecar-metrics"  # at most 15 characters
+KEPT = ("kube_job_status_failed",)
+"""Metrics of kube-state-metrics that alerts need beyond those that the add-on's minimal ingestion profile keeps."""
 INTERVAL = "15s"  # the default of 30 s is as long as a queue takes to fill
 
 
@@ -31,6 +33,7 @@ def settings_data(namespaces: tuple[str, ...]) -> dict[str, str]:
         "config-version": "drydock",
         "pod-annotation-based-scraping": f'podannotationnamespaceregex = "{"|".join(namespaces)}"',
         "default-targets-scrape-interval-settings": f'podannotations = "{INTERVAL}"',
+        "default-targets-metrics-keep-list": f'kubestate = "{"|".join(KEPT)}"',
     }
 
 

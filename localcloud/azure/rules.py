@@ -166,6 +166,19 @@ def _retention(inputs: Mapping[str, Any]) -> Iterator[Failure]:
             yield Failure(f"{name}.days", f"'{name}.days' is {days}: Azure takes 1 to 365")
 
 
+def _alert_rules(inputs: Mapping[str, Any]) -> Iterator[Failure]:
+    """learn.microsoft.com/azure/azure-monitor/metrics/prometheus-rule-groups, and the API's 2023-03-01."""
+    rules, interval = inputs.get("rules", []), inputs.get("interval", "PT1M")
+    if not is_unknown(rules) and len(rules) > 20:
+        yield Failure("rules", f"'rules' has {len(rules)} rules: Azure takes 20 in a group")
+    if not is_unknown(interval) and not re.fullmatch(r"PT([1-9]|1[0-5])M", str(interval)):
+        yield Failure("interval", f"'interval' is {interval!r}: Azure takes PT1M to PT15M")
+    for index, rule in enumerate([] if is_unknown(rules) else rules):
+        severity = None if is_unknown(rule) else rule.get("severity")
+        if isinstance(severity, int) and not 0 <= severity <= 4:
+            yield Failure(f"rules[{index}].severity", f"'rules[{index}].severity' is {severity}: Azure takes 0 to 4")
+
+
 def _log_retention(inputs: Mapping[str, Any]) -> Iterator[Failure]:
     """learn.microsoft.com/azure/azure-monitor/logs/data-retention-configure: analytics retention, pay-as-you-go."""
     days = inputs.get("retentionInDays")
@@ -361,6 +374,16 @@ RULES: dict[str, Rule] = {
         f"{_PROVIDERS}/Microsoft.OperationalInsights/workspaces/{{workspaceName}}", replaces=_LOCATION,
         names={"workspaceName": Name(r"[a-zA-Z0-9][a-zA-Z0-9-]{2,61}[a-zA-Z0-9]", "4 to 63 letters, digits and '-'")},
         more=_log_retention,
+    ),
+    "alertsmanagement:PrometheusRuleGroup": Rule(
+        f"{_PROVIDERS}/Microsoft.AlertsManagement/prometheusRuleGroups/{{ruleGroupName}}", replaces=_LOCATION,
+        names={"ruleGroupName": ONE_TO_260}, more=_alert_rules,
+    ),
+    "dashboard:Dashboard": Rule(
+        f"{_PROVIDERS}/Microsoft.Dashboard/dashboards/{{dashboardName}}", replaces=_LOCATION,
+    ),
+    "dashboard:DashboardDefinition": Rule(
+        f"{_PROVIDERS}/Microsoft.Dashboard/dashboards/{{dashboardName}}/dashboardDefinitions/{{definitionName}}",
     ),
     "dashboard:Grafana": Rule(
         f"{_PROVIDERS}/Microsoft.Dashboard/grafana/{{workspaceName}}", replaces=_LOCATION,

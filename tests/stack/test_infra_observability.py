@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pulumi
 import pytest
 
+from infra.alerts import RULES_A_GROUP, Alert, Alerts, AlertsArgs
+from infra.dashboards import Dashboards, DashboardsArgs
 from infra.observability import ClusterMonitoring, ClusterMonitoringArgs, Observability, ObservabilityArgs
 from infra.roles import GRAFANA_ADMIN, MONITORING_DATA_READER
+from infra.settings import Alerts as AlertSettings
 from tests.unit.pulumi_mocks import ADMIN, Recorder, place
 from tests.unit.registrations import Request, deploy_with_requests, orphans
 
 CLUSTER = "/subscriptions/0/managedClusters/aks"
+WORKSPACE = "/subscriptions/0/accounts/metrics"
+ON_CALL = "/subscriptions/0/resourceGroups/ops/providers/Microsoft.Insights/actionGroups/on-call"
 
 
 def made(*, grafana: bool = True, protect: bool = True) -> tuple[Recorder, dict[tuple[str, str], Request], list[Any]]:
@@ -111,3 +117,63 @@ def test_what_holds_data_is_protected(protect: bool) -> None:
     own = {key: request for key, request in requests.items() if key[1].startswith("observability")}
     ties = {key: request for key, request in requests.items() if key[1].startswith("monitoring")}
     assert orphans(own, "Observability") == [] and orphans(ties, "ClusterMonitoring") == []
+
+
+def alert(name: str, minutes: int = 5) -> Alert:
+    return Alert(name, "up == 0", minutes, 1, "{{ $labels.instance }} is down")
+
+
+def told(*alerts: Alert, **settings: str) -> tuple[Recorder, dict[tuple[str, str], Request]]:
+    def program() -> None:
+        Alerts("alerts", AlertsArgs(place(), AlertSettings(**settings), WORKSPACE, alerts))
+
+    return deploy_with_requests(program)
+
+
+def test_an_alert_is_a_rule_over_the_workspace_and_names_its_runbook() -> None:
+    seen, requests = told(alert("GateFailed", 0), alert("Down"))
+    group = seen.one(":PrometheusRuleGroup").inputs
+    assert (group["scopes"], group["interval"], group["enabled"]) == ([WORKSPACE], "PT1M", True)
+    first, second = group["rules"]
+    assert (first["alert"], first["expression"], first["severity"]) == ("GateFailed", "up == 0", 1)
+    assert "for" not in first and second["for"] == "PT5M"
+    assert first["annotations"] == {
+        "summary": "{{ $labels.instance }} is down",
+        "runbook_url": "docs/runbooks/gate-failed.md",
+    }
+    assert first["resolveConfiguration"]["autoResolved"] is True
+    assert "actions" not in first
+    assert orphans(requests, "Alerts") == []
+
+
+def test_whom_an_alert_tells_and_where_its_runbook_is_read() -> None:
+    seen, _ = told(alert("Down"), action_group_id=ON_CALL, runbooks="https://code.example/runbooks")
+    (rule,) = seen.one(":PrometheusRuleGroup").inputs["rules"]
+    assert rule["actions"] == [{"actionGroupId": ON_CALL}]
+    assert rule["annotations"]["runbook_url"] == "https://code.example/runbooks/down.md"
+
+
+def test_more_rules_than_a_group_takes_are_two_groups() -> None:
+    seen, _ = told(*(alert(f"Down{number}") for number in range(RULES_A_GROUP + 1)))
+    groups = seen.of(":PrometheusRuleGroup")
+    assert [len(group.inputs["rules"]) for group in groups] == [RULES_A_GROUP, 1]
+    assert len({group.inputs["ruleGroupName"] for group in groups}) == 2
+
+
+def test_dashboards_are_whole_and_whoever_administers_may_read_what_they_ask() -> None:
+    boards = {"serving": {"title": "Serving", "tags": ["drydock", "serving"], "panels": []}}
+
+    def program() -> None:
+        Dashboards("dashboards", DashboardsArgs(place(), boards, WORKSPACE))
+
+    seen, requests = deploy_with_requests(program)
+    made = seen.one(":Dashboard").inputs
+    assert made["dashboardName"] == "drydock-test-serving"
+    assert made["tags"]["GrafanaDashboardTags"] == "drydock,serving"
+    content = seen.one(":DashboardDefinition").inputs
+    assert (content["dashboardName"], content["definitionName"]) == ("drydock-test-serving", "default")
+    assert json.loads(content["properties"]["serializedData"]) == boards["serving"]
+    reads = seen.one(":RoleAssignment").inputs
+    assert (reads["scope"], reads["principalId"]) == (WORKSPACE, ADMIN)
+    assert reads["roleDefinitionId"].endswith(MONITORING_DATA_READER)
+    assert orphans(requests, "Dashboards") == []

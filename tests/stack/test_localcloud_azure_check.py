@@ -22,6 +22,8 @@ ACCOUNT = {
 CLUSTER = {"resourceGroupName": "g", "resourceName": "aks", "location": "swedencentral", "dnsPrefix": "aks",
            "agentPoolProfiles": [{"name": "system", "mode": "System", "count": 1, "vmSize": "Standard_D4s_v5"}]}  # fmt: skip
 
+RULES = {"resourceGroupName": "g", "ruleGroupName": "alerts", "scopes": ["/w"], "rules": [{"expression": "up == 0"}]}
+
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
@@ -104,6 +106,28 @@ def test_what_is_known_of_a_type_is_also_in_the_sdk(token: str) -> None:
             {"configName": "nightly"},
             "configName",
             "aksManagedAutoUpgradeSchedule",
+        ),
+        (
+            "alertsmanagement:PrometheusRuleGroup",
+            RULES,
+            {"rules": [{"expression": "up == 0"}] * 21},
+            "rules",
+            "has 21 rules: Azure takes 20",
+        ),
+        ("alertsmanagement:PrometheusRuleGroup", RULES, {"interval": "PT30S"}, "interval", "PT1M to PT15M"),
+        (
+            "alertsmanagement:PrometheusRuleGroup",
+            RULES,
+            {"rules": [{"expression": "up == 0", "severity": 5}]},
+            "rules[0].severity",
+            "Azure takes 0 to 4",
+        ),
+        (
+            "dashboard:DashboardDefinition",
+            {"resourceGroupName": "g", "dashboardName": "serving", "definitionName": "default"},
+            {"properties": {"serialisedData": "{}"}},
+            "properties.serialisedData",
+            "did you mean 'serializedData'?",
         ),
         (
             "authorization:RoleAssignment",
