@@ -18,10 +18,12 @@ from infra.registry import Registry, RegistryArgs
 from infra.settings import ROOT
 from infra.storage import Storage, StorageArgs
 from workloads.adapters import Adapters, AdaptersArgs
+from workloads.drills import Drills, DrillsArgs
 from workloads.mirror import Mirror, MirrorArgs
 from workloads.platform import Platform, PlatformArgs
 from workloads.serving import Serving, ServingArgs
 from workloads.stress import StressTest, StressTestArgs
+from workloads.watch import Watch, WatchArgs
 
 stack, location = pulumi.get_stack(), pulumi.Config("azure-native").require("location")
 env = load(pulumi.get_project(), stack)  # every problem that can be known before Azure is asked, told together
@@ -45,15 +47,15 @@ platform = Platform("platform", PlatformArgs(place, env, cluster, pools, registr
 tuning, serving, inside = platform.tuning, platform.serving, platform.inside
 tuner, server = tuning.service_accounts, serving.service_accounts
 account, store = storage.name, pulumi.Output.format("oci://{0}/adapters", registry.login_server)
-mirror = Mirror(
-    "mirror",
-    MirrorArgs(env.base, images.training, account, tuning.name, tuner["mirror"], env.huggingface_token),
-    inside,
-)
+mirrored = MirrorArgs(env.base, images.training, account, tuning.name, tuner["mirror"], env.huggingface_token)
+mirror = Mirror("mirror", mirrored, inside)
 jobs = Adapters("adapters", AdaptersArgs(env, mirror.address, data, images, store, account, tuning), inside).job_names
 fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpoint, who.keda.client_id)
 pool = Serving("serving", ServingArgs(env, *fed_by, serving.name, server["serving"]), inside)
-loaded_by = (images.stress, data, account, serving.name, server["stress"])
-stress = StressTest("stress", StressTestArgs(env, *loaded_by), inside) if env.stress.run else None
-parts = (cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes, stress)
+loaded_by = (images.stress, data, account, serving.name)
+stress = StressTest("stress", StressTestArgs(env, *loaded_by, server["stress"]), inside) if env.stress.run else None
+broken = DrillsArgs(place, env, cluster, who, *loaded_by, tuning.name)
+drills = Drills("drills", broken, inside) if env.drills.run else None
+Watch("watch", WatchArgs(place, env, eyes.workspace_id), pulumi.ResourceOptions(depends_on=[pool]))
+parts = (cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes, stress, drills)
 export(of_environment(env, place, *parts, tell(env, location)))

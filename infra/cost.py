@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pulumi
-import yaml
 
 from common import cli, exits
 from common.settings import SettingsError
-from infra import prices
+from infra import offline, prices
 from infra.catalog import Architecture, Sku, sku
 from infra.fit import GIB, tuning_load
 from infra.pools import CPU_OS_DISK_GIB
-from infra.settings import ROOT, Environment, GpuPool, located, read_environment
+from infra.settings import ROOT, Environment, GpuPool, located
 from training import source
 from training.spec import TuningSettings
 
@@ -351,54 +350,23 @@ def estimate_of(stack: str, root: Path = ROOT) -> Estimate:
 
     Raises `SettingsError` with every problem, told by file and line.
     """
-    known = sorted(path.name.removeprefix("Pulumi.").removesuffix(".yaml") for path in root.glob("Pulumi.*.yaml"))
-    if stack not in known:
-        raise SettingsError([f"Pulumi.{stack}.yaml: no such file; stacks with settings: {', '.join(known) or 'none'}"])
-    file = root / f"Pulumi.{stack}.yaml"
-    project = str(_mapping(root / "Pulumi.yaml").get("name"))
-    config = _mapping(file).get("config")
-    if not isinstance(config, dict):
-        raise SettingsError([f"{file.name}: config: required, but absent"])
-    values = {key.partition(":")[2]: value for key, value in config.items() if str(key).startswith(f"{project}:")}
-    secret = {key for key, value in values.items() if _without_secrets(value) != value}
-    if not values.get("api_keys"):
-        values.pop("stress", None)  # it would need a key, which whoever previews may have set elsewhere
-    env = read_environment(_without_secrets(values), secret, project=project, file=file)
+    stack_file = offline.read(stack, root)
+    env = stack_file.env
     problems, sizes = [], {}
     for name, adapter in env.adapters.items():
         if (root / adapter.dataset).is_file():
             sizes[name] = (root / adapter.dataset).stat().st_size
         elif not source.is_elsewhere(adapter.dataset):
             problems.append(f"adapters.{name}.dataset: {adapter.dataset}: no such file below the project's folder")
-    location = config.get("azure-native:location")
-    if not isinstance(location, str):
+    if stack_file.location is None:
         problems.append("azure-native:location: required, but absent: the Azure region, such as eastus")
     try:
-        found = estimate(env, str(location), sizes)
+        found = estimate(env, str(stack_file.location), sizes)
     except SettingsError as error:
         problems += error.problems
     if problems:
-        raise SettingsError(located(problems, project=project, file=file))
+        raise SettingsError(located(problems, project=stack_file.project, file=stack_file.file))
     return found
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"{file.name}: cannot be read as UTF-8 text: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise SettingsError([f"{file.name}: not YAML: {error}"]) from None
-    if not isinstance(found, dict):
-        raise SettingsError([f"{file.name}: expected `name: value` lines"])
-    return found
-
-
-def _without_secrets(value: Any) -> Any:
-    """`value` with a word in place of each encrypted text: what it says costs nothing."""
-    if isinstance(value, dict):
-        return "encrypted" if set(value) == {"secure"} else {key: _without_secrets(item) for key, item in value.items()}
-    return value
 
 
 def _table(stack: str, found: Estimate) -> Iterator[str]:

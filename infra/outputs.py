@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infra.registry import Registry
     from infra.settings import Environment
     from infra.storage import Storage
+    from workloads.drills import Drills
     from workloads.stress import StressTest
 
 CLIENT_LABEL = {"drydock/client": "true"}
@@ -68,6 +69,9 @@ class Outputs:
     stress_report: pulumi.Input[str | None] = field(
         metadata=said("Where the stress test that the settings name puts its report once it has run, if they name one.")
     )
+    drills_report: pulumi.Input[str | None] = field(
+        metadata=said("Where the drills that the settings name put their report, if they name some.")
+    )
     cost: pulumi.Input[dict[str, Any] | None] = field(
         metadata=said(
             "Estimate in USD, least and most, an hour, a month and a tuning run; none where a price is unknown."
@@ -103,6 +107,7 @@ def of_environment(
     watch: str,
     eyes: Observability,
     stress: StressTest | None,
+    drills: Drills | None,
     cost: dict[str, Any] | None,
 ) -> Outputs:
     """The outputs of an environment from its components; `jobs`: the tuning Job's name by adapter."""
@@ -122,6 +127,7 @@ def of_environment(
         client_label=CLIENT_LABEL,
         tuning_jobs=dict(jobs),
         stress_report=stress.report if stress else None,
+        drills_report=drills.report if drills else None,
         cost=cost,
         prometheus_endpoint=eyes.query_endpoint,
         grafana_url=eyes.grafana_url,
@@ -133,5 +139,6 @@ def of_environment(
             ),
             watch,
             *([stress.follow] if stress else []),
+            *([drills.follow] if drills else []),
         ],
     )

@@ -15,7 +15,8 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 from common.settings import Settings, SettingsError, explain, key_lines
 from infra.catalog import MODELS, SKUS, Architecture, Sku, sku
 from serving.spec import STANDARD, EngineSettings, Tier, TierName
-from stress.spec import MODELS_WORDS, DurationSeconds, LoadSettings, LoadSpec, Models, RampSeconds, Users
+from stress.scenarios import HURTING, Bounds, Scenarios
+from stress.spec import MODELS_WORDS, DurationSeconds, LoadSettings, LoadSpec, Models, RampSeconds, Slo, Users
 from training.spec import AdapterName, TuningSettings
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +201,9 @@ class Tuning(Settings):
     retries: int = Field(3, ge=0, le=20, description="New pods after a failure; evictions do not count.")
 
 
+CUSTOMER_FACING_REPLICAS = 3
+
+
 class Serving(EngineSettings):
     """The replicas: how many, where, and what each may take."""
 
@@ -207,7 +211,12 @@ class Serving(EngineSettings):
     min_replicas: int = Field(
         2, ge=0, le=100, description="0 lets the pool sleep: the next request wakes it, and gets 503 until then."
     )
-    max_replicas: int = Field(2, ge=1, le=100, description="More than min_replicas: KEDA scales by the queue.")
+    max_replicas: int = Field(
+        2, ge=1, le=100, description="More than min_replicas: KEDA scales by queue, busy slots and KV cache."
+    )
+    customer_facing: bool = Field(
+        False, description="Customers depend on it: three replicas at least, so that one may go while one is replaced."
+    )
     queue_target: int = Field(5, ge=1, description="Waiting requests a replica at which another one is added.")
     expose: Literal["cluster", "vnet"] = Field(
         "cluster", description="vnet: an internal load balancer, reachable from the virtual network."
@@ -217,6 +226,11 @@ class Serving(EngineSettings):
     def _bounds(self) -> Serving:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}")
+        if self.customer_facing and self.min_replicas < CUSTOMER_FACING_REPLICAS:
+            raise ValueError(
+                f"min_replicas = {self.min_replicas} is too few with customer_facing: "
+                f"raise it to {CUSTOMER_FACING_REPLICAS} or more"
+            )
         return self
 
 
@@ -226,14 +240,14 @@ class ClientTier(Tier):
     clients: tuple[str, ...] = Field((), description="Keys of `api_keys` that have these limits.")
 
 
-class Stress(LoadSettings):
-    """The stress test: one Job that loads the replicas as clients would, through the router."""
+class Run(LoadSettings):
+    """One Job that loads the replicas as clients would, through the router."""
 
     run: str | None = Field(
         None,
         pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
         coerce_numbers_to_str=True,
-        description="Name of the run, such as 1 or a date; another one starts another Job. None: no stress test.",
+        description="Name of the run, such as 1 or a date; another one starts another Job. None: there is none.",
     )
     client: str | None = Field(
         None, description="With whose API key it asks, a key of `api_keys`; none: the only one there is."
@@ -245,14 +259,50 @@ class Stress(LoadSettings):
         le=86_400,
         description="For models that do not answer yet (in tuning, or asleep), and for the right to write the report.",
     )
-    users: Users = 100
-    ramp_seconds: RampSeconds = 60
-    duration_seconds: DurationSeconds = 600
 
     def spec(self, served: Iterable[str]) -> LoadSpec:
         """The load; of all models that are `served` where the settings name none."""
         values = self.model_dump(include=set(LoadSettings.model_fields))
         return LoadSpec(**values, models=self.models or dict.fromkeys(served, 1.0))
+
+
+class Stress(Run):
+    """The stress test."""
+
+    users: Users = 100
+    ramp_seconds: RampSeconds = 60
+    duration_seconds: DurationSeconds = 600
+
+
+class Drills(Run):
+    """The drills: what serves is broken on purpose under this load, one scenario after the other, and judged."""
+
+    users: Users = 20
+    ramp_seconds: RampSeconds = 10
+    duration_seconds: DurationSeconds = 120
+    scenarios: Scenarios = Field(
+        ("long-prompts", "replica-loss"),
+        description="In this order; there are also node-drain, outage, tuning-eviction.",
+    )
+    allow_outage: bool = Field(
+        False, description="What is protected (`protect`) may be made to serve less for minutes, or not at all."
+    )
+    before_seconds: float = Field(30, gt=0, le=3600, description="Load before something is broken.")
+    after_seconds: float = Field(10, gt=0, le=3600, description="Load after it is whole again.")
+    bounds: Bounds = Field(default_factory=Bounds, description="What each drill must stay within.")
+
+    @field_validator("slo")
+    @classmethod
+    def _bounds_instead(cls, value: Slo) -> Slo:
+        if value != Slo():
+            raise ValueError("is the stress test's: drills are judged by `bounds`")
+        return value
+
+    @property
+    def longest_tokens(self) -> int:
+        """As for any load; its prompts are made longer by one of the scenarios."""
+        longer = self.long_multiplier if self.long_share or "long-prompts" in self.scenarios else 1
+        return self.prompt_tokens * longer + self.max_tokens
 
 
 class Retention(Settings):
@@ -261,6 +311,25 @@ class Retention(Settings):
     deleted_days: int = Field(14, ge=1, le=365, description="A deleted or overwritten blob can be brought back.")
     checkpoint_days: int = Field(30, ge=1, le=3650, description="Checkpoints older than this are removed.")
     log_days: int = Field(30, ge=30, le=730, description="Of the cluster's logs.")
+
+
+class Alerts(Settings):
+    """Who is told of what goes wrong, and where that begins. Without an action group the portal alone shows it."""
+
+    action_group_id: str | None = Field(
+        None,
+        pattern="^/subscriptions/[^/]+/resourceGroups/[^/]+/providers/[Mm]icrosoft.[Ii]nsights/actionGroups/[^/]+$",
+        description="ARM ID of the Azure Monitor action group that is told: mail, telephone, webhook.",
+    )
+    runbooks: str | None = Field(
+        None,
+        pattern="^https://[^/?#@]+(/[^?#@]*)?$",
+        description="Where people read docs/runbooks of this repository; none: alerts name the file alone.",
+    )
+    time_to_first_token_seconds: float = Field(
+        5, gt=0, le=160, description="95 of 100 streamed answers begin within, for each model."
+    )
+    failed_share: float = Field(0.05, gt=0, lt=1, description="Of the requests, that may end in an error of ours.")
 
 
 class Prices(Settings):
@@ -291,9 +360,11 @@ class Environment(Settings):
     tuning: Tuning = Field(description="Where the tuning Jobs run.")
     serving: Serving = Field(description="The replicas.")
     stress: Stress = Field(default_factory=Stress, description="The stress test, off by default.")
+    drills: Drills = Field(default_factory=Drills, description="The drills, off by default.")
     retention: Retention = Field(default_factory=Retention, description="How long things stay.")
     prices: Prices = Field(default_factory=Prices, description="What VM sizes cost you, for the estimate of the cost.")
     grafana: bool = Field(True, description="A managed Grafana over the metrics.")
+    alerts: Alerts = Field(default_factory=Alerts, description="Who is told of what goes wrong.")
     api_keys: dict[str, SecretStr] = Field(
         default_factory=dict, description="Clients and their keys. Secret: pulumi config set --secret --path."
     )
@@ -310,7 +381,11 @@ class Environment(Settings):
     @property
     def stress_key(self) -> SecretStr | None:
         """The API key with which the stress test asks; None where the settings do not say which, or have none."""
-        client = self.stress.client or (next(iter(self.api_keys)) if len(self.api_keys) == 1 else None)
+        return self.key_of(self.stress)
+
+    def key_of(self, run: Run) -> SecretStr | None:
+        """The API key with which a load asks; None where the settings do not say which, or have none."""
+        client = run.client or (next(iter(self.api_keys)) if len(self.api_keys) == 1 else None)
         return self.api_keys.get(client) if client else None
 
     def tier_of(self, client: str) -> tuple[str, Tier]:
@@ -456,7 +531,8 @@ def inconsistencies(env: Environment) -> list[str]:
     if env.cluster.tier == "Free" and env.serving.min_replicas >= 3:
         found.append("cluster.tier: Free has no SLA and a weak control plane: set Standard for three replicas or more")
     found += _tiers(env)
-    return [*found, *(_stress(env) if env.stress.run else ())]
+    found += _load(env, "stress", env.stress) if env.stress.run else ()
+    return [*found, *(_drills(env) if env.drills.run else ())]
 
 
 def _tiers(env: Environment) -> Iterator[str]:
@@ -509,48 +585,74 @@ def _with_gpus(size: Sku, gpus: int) -> str:
     return f", or take {cheapest.name}, which has {cheapest.gpus}" if cheapest else ""
 
 
-def _stress(env: Environment) -> Iterator[str]:
-    """What keeps the stress test from running."""
-    stress, clients = env.stress, ", ".join(env.api_keys)
+def _load(env: Environment, name: str, run: Run) -> Iterator[str]:
+    """What keeps a load, `stress` or `drills`, from running."""
+    clients = ", ".join(env.api_keys)
     if not env.api_keys:
         yield (
-            "stress.run: it asks with an API key, and there is none: pulumi config set --secret --path "
-            "'drydock:api_keys.stress' \"$(openssl rand -hex 32)\""
+            f"{name}.run: it asks with an API key, and there is none: pulumi config set --secret --path "
+            f"'drydock:api_keys.{name}' \"$(openssl rand -hex 32)\""
         )
-    elif stress.client and stress.client not in env.api_keys:
-        yield f"stress.client: {stress.client} is not among the api_keys ({clients})"
-    elif env.stress_key is None:
-        yield f"stress.client: required with several api_keys: one of {clients}"
+    elif run.client and run.client not in env.api_keys:
+        yield f"{name}.client: {run.client} is not among the api_keys ({clients})"
+    elif env.key_of(run) is None:
+        yield f"{name}.client: required with several api_keys: one of {clients}"
     else:
-        yield from _stress_tier(env)
+        yield from _load_tier(env, name, run)
     if not env.adapters:
-        yield "stress.run: its prompts come from the adapters' datasets, and there is no adapter: add one, or remove it"
-    for model in stress.models or ():
-        if model not in env.served:
-            yield f"stress.models: {model} is not served: choose from {', '.join(env.served)}"
-    if stress.longest_tokens > env.serving.max_model_len:
         yield (
-            f"stress.prompt_tokens: the longest prompt with its answer has {stress.longest_tokens} tokens "
+            f"{name}.run: its prompts come from the adapters' datasets, and there is no adapter: add one, or remove it"
+        )
+    for model in run.models or ():
+        if model not in env.served:
+            yield f"{name}.models: {model} is not served: choose from {', '.join(env.served)}"
+    if run.longest_tokens > env.serving.max_model_len:
+        yield (
+            f"{name}.prompt_tokens: the longest prompt with its answer has {run.longest_tokens} tokens "
             f"(prompt_tokens, long_multiplier, max_tokens), but serving.max_model_len is {env.serving.max_model_len}: "
             "lower them"
         )
 
 
-def _stress_tier(env: Environment) -> Iterator[str]:
-    """Where the stress test would measure how its own client is refused."""
-    client = env.stress.client or next(iter(env.api_keys))
-    name, tier = env.tier_of(client)
-    where, stress = f"stress.client: {client} is in tier {name}, whose", env.stress
-    if tier.concurrency is not None and tier.concurrency * env.serving.min_replicas < stress.users:
+def _load_tier(env: Environment, name: str, run: Run) -> Iterator[str]:
+    """Where a load would measure how its own client is refused."""
+    client = run.client or next(iter(env.api_keys))
+    tier_name, tier = env.tier_of(client)
+    where = f"{name}.client: {client} is in tier {tier_name}, whose"
+    if tier.concurrency is not None and tier.concurrency * env.serving.min_replicas < run.users:
         yield (
             f"{where} concurrency of {tier.concurrency} on each of {env.serving.min_replicas} replicas is below "
-            f"stress.users = {stress.users}: ask with another client, or with fewer users"
+            f"{name}.users = {run.users}: ask with another client, or with fewer users"
         )
-    longest = stress.longest_tokens - stress.max_tokens
+    longest = run.longest_tokens - run.max_tokens
     if tier.prompt_tokens is not None and tier.prompt_tokens < longest:
         yield f"{where} prompt_tokens of {tier.prompt_tokens} are below the {longest} of the test's longest prompts"
-    if tier.output_tokens is not None and tier.output_tokens < stress.max_tokens:
-        yield f"{where} output_tokens of {tier.output_tokens} are below stress.max_tokens = {stress.max_tokens}"
+    if tier.output_tokens is not None and tier.output_tokens < run.max_tokens:
+        yield f"{where} output_tokens of {tier.output_tokens} are below {name}.max_tokens = {run.max_tokens}"
+
+
+def _drills(env: Environment) -> Iterator[str]:
+    """What keeps the drills from running, or should."""
+    yield from _load(env, "drills", env.drills)
+    chosen = env.drills.scenarios
+    hurting = [name for name in chosen if name in HURTING]
+    if hurting and env.protect and not env.drills.allow_outage:
+        yield (
+            f"drills.allow_outage: {' and '.join(hurting)} may leave clients without an answer, and this environment "
+            "is protected (protect: true): set it to true if that may be, or leave them out of drills.scenarios"
+        )
+    lost = [name for name in chosen if name in ("replica-loss", "node-drain")]
+    if lost and env.serving.min_replicas < 2:
+        yield (
+            f"drills.scenarios: {' and '.join(lost)} would be an outage with serving.min_replicas = "
+            f"{env.serving.min_replicas}: raise it to 2, or choose outage"
+        )
+    pool = env.pools.get(env.serving.pool)
+    if "node-drain" in chosen and pool and (pool.max_nodes - 1) * pool.sku.gpus < env.serving.min_replicas:
+        yield (
+            f"drills.scenarios: without the node of node-drain, pool {env.serving.pool} has no room for "
+            f"{env.serving.min_replicas} replicas: raise pools.{env.serving.pool}.max_nodes, or leave it out"
+        )
 
 
 def _parsed(value: Any) -> Any:

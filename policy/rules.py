@@ -18,9 +18,9 @@ SPOT_TAINT = "kubernetes.azure.com/scalesetpriority=spot:NoSchedule"
 MOST_GPU_NODES = 16
 REQUIRED_TAGS = ("project", "environment", "owner")
 TAGGED = (
-    "AgentPool", "AzureMonitorWorkspace", "DataCollectionEndpoint", "DataCollectionRule", "Grafana", "ManagedCluster",
-    "NatGateway", "PrivateEndpoint", "PublicIPAddress", "Registry", "ResourceGroup", "StorageAccount",
-    "UserAssignedIdentity", "VirtualNetwork",
+    "AgentPool", "AzureMonitorWorkspace", "Dashboard", "DataCollectionEndpoint", "DataCollectionRule", "Grafana",
+    "ManagedCluster", "NatGateway", "PrivateEndpoint", "PrometheusRuleGroup", "PublicIPAddress", "Registry",
+    "ResourceGroup", "StorageAccount", "UserAssignedIdentity", "VirtualNetwork",
 )  # fmt: skip
 POD_OWNERS = ("CronJob", "DaemonSet", "Deployment", "Job", "Pod", "ReplicaSet", "StatefulSet")
 BY_DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")

@@ -20,13 +20,16 @@ from pydantic import BaseModel, ValidationError
 
 from common import exits
 from common.settings import SettingsError, explain, load_settings
+from stress import cluster
 from stress.client import check_target
+from stress.scenarios import DrillSpec
 from stress.spec import LoadSpec
 
 EPILOG = f"""
 examples   python -m stress run --target http://127.0.0.1:8000 --dataset data.jsonl --out out --models kubectl triage
            python -m stress drill replica-loss --dataset data.jsonl --out out --models kubectl --timeout-seconds 300
            python -m stress report out
+           in a pod with the rights for it: python -m stress drills --settings drills.json --target http://drydock ...
 
 A settings file holds the fields that `python -m stress settings` lists; options given here override it.
 exit codes {exits.OK} measured    {exits.FAILED} not measured (the reason is printed)
@@ -138,6 +141,21 @@ def main(argv: list[str] | None = None) -> int:
         "--timeout-seconds", type=float, default=600.0, help="give up waiting for recovery [%(default)s]"
     )
     _common(drill)
+    several = commands.add_parser(
+        "drills", help="break what serves in the cluster of this pod, one drill after the other, each judged"
+    )
+    several.add_argument("--settings", type=Path, required=True, help="JSON with load, scenarios and bounds")
+    several.add_argument("--target", required=True, help="URL of the router")
+    several.add_argument(
+        "--dataset", type=Path, required=True, help="JSONL, or a folder of such files, for the prompts"
+    )
+    several.add_argument("--out", type=Path, required=True, help="output folder")
+    several.add_argument("--namespace", required=True, help="of the replicas")
+    several.add_argument("--tuning-namespace", required=True, help="of the tuning Jobs")
+    several.add_argument("--wait-seconds", type=float, default=0.0, metavar="N", help="as for run [0]")
+    several.add_argument("--push", metavar="DST", help="as for run: az://ACCOUNT/CONTAINER/PATH")
+    several.add_argument("--api-server", default=cluster.SERVER, help=argparse.SUPPRESS)  # another one in tests
+    several.add_argument("--account", type=Path, default=cluster.ACCOUNT, help=argparse.SUPPRESS)
     commands.add_parser("settings", help="every setting of the load with its default and meaning")
     commands.add_parser("report", help="write OUT/report.json and OUT/report.html")
 
@@ -148,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             return exits.OK
         if arguments.command == "run":
             return _run(arguments)
-        return _drill(arguments)
+        return _drills(arguments) if arguments.command == "drills" else _drill(arguments)
     except SettingsError as error:
         print("\n".join(f"stress: {problem}" for problem in error.problems), file=sys.stderr)
         return exits.INPUT
@@ -216,6 +234,37 @@ def _drill(arguments: argparse.Namespace) -> int:
         timeout_seconds=arguments.timeout_seconds,
     )
     return drills.main(arguments.drill, plan)
+
+
+def _drills(arguments: argparse.Namespace) -> int:
+    from stress import drills
+    from stress.prompts import read_rows
+
+    wanted = load_settings(arguments.settings, DrillSpec)
+    check_target(arguments.target, True)
+    read_rows(arguments.dataset)
+    place = None
+    if arguments.push:
+        from stress import delivery
+
+        place = delivery.opened(arguments.push, arguments.wait_seconds)
+    api = cluster.Api(arguments.api_server, arguments.account)
+    plan = drills.Plan(
+        out=arguments.out,
+        dataset=arguments.dataset,
+        fleet=arguments.out / "fleet.json",
+        spec=wanted.load,
+        allow_remote=True,
+        before_seconds=wanted.before_seconds,
+        after_seconds=wanted.after_seconds,
+        cluster=cluster.Cluster(api, arguments.target, arguments.namespace, arguments.tuning_namespace),
+        bounds=wanted.bounds,
+    )
+    code = drills.in_turn(plan, wanted, arguments.wait_seconds)
+    if place is None or not (arguments.out / "drills").is_dir() or code in (exits.INTERRUPTED, exits.TERMINATED):
+        return code
+    delivered = delivery.deliver(arguments.out, place)
+    return code or delivered  # what was found is the news, whatever became of its report
 
 
 if __name__ == "__main__":

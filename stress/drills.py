@@ -1,5 +1,5 @@
-"""Three drills: longer prompts, the loss of one replica under load, the loss of all. Each breaks, measures, and writes
-`OUT/drills/NAME.json` and `OUT/drills/NAME.requests.jsonl`.
+"""The drills: longer prompts, the loss of one replica under load, the loss of all; in a cluster also a node drained and
+a tuning pod evicted. Each breaks, measures, and writes `OUT/drills/NAME.json` and `OUT/drills/NAME.requests.jsonl`.
 
 The load is `python -m stress run` in a process of its own: the same code as any other run, and its timing is not
 disturbed by the watching done here. Times in `events` and in the records are unix seconds of this machine.
@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,9 +23,12 @@ from typing import Any
 from common import exits
 from common.files import read_json, read_jsonl, write_json, write_jsonl
 from stress import figures
-from stress.client import Record, ask, check_target, get_status
-from stress.fleet import Fleet, FleetError, Replica, check_kill, kill, read_fleet
+from stress.client import Record, ask, check_target
+from stress.cluster import Cluster, ClusterError
+from stress.fleet import FleetError
 from stress.prompts import PromptSource, Turns, read_rows
+from stress.scenarios import Bounds, DrillSpec, Scenario, judged
+from stress.sites import Processes, Site
 from stress.spec import LoadSpec
 
 POLL_SECONDS = 0.1  # resolution of every milestone below
@@ -33,6 +36,8 @@ PROBE_SECONDS = 0.25  # a probe starts this often, answered or not: resolution o
 PROBE_TIMEOUT_SECONDS = 10.0
 PROBES_UNDER_WAY = 8  # a router that holds requests back must not collect hundreds of them
 DEFAULT_LONG_SHARE = 0.25
+WAIT_POLL_SECONDS = 2.0
+SHORT_PROMPT_CHARACTERS = 256
 
 
 class NotMeasuredError(Exception):
@@ -45,7 +50,10 @@ class Terminated(BaseException):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a drill is to do. `target` None means the fleet's router."""
+    """What a drill is to do, to the `cluster` or, without one, to the `fleet` of this machine.
+
+    `target` None means their router. With `bounds` the drill is judged.
+    """
 
     out: Path
     dataset: Path
@@ -57,6 +65,17 @@ class Plan:
     before_seconds: float = 10.0
     after_seconds: float = 5.0
     timeout_seconds: float = 600.0
+    cluster: Cluster | None = None
+    bounds: Bounds | None = None
+
+    def site(self) -> Site:
+        """What is to be broken. Raises `FleetError` or `SettingsError`."""
+        return self.cluster or Processes(self.fleet, self.allow_remote)
+
+    def in_cluster(self) -> Cluster:
+        if self.cluster is None:
+            raise NotMeasuredError("this drill needs a cluster: python -m stress drills, in a pod of it")
+        return self.cluster
 
 
 @dataclass
@@ -83,22 +102,24 @@ class Result:
             self.values[name] = round(value, 3)
 
 
-def main(name: str, plan: Plan) -> int:
+def main(name: Scenario, plan: Plan) -> int:
     """Run the drill `name`, write its files, return the exit code. Raises `SettingsError` for a refused target."""
-    drill = {"long-prompts": long_prompts, "replica-loss": replica_loss, "outage": outage}[name]
+    drills: dict[Scenario, Callable[[Plan, Result, Path], None]] = {
+        "long-prompts": long_prompts,
+        "replica-loss": replica_loss,
+        "node-drain": node_drain,
+        "outage": outage,
+        "tuning-eviction": tuning_eviction,
+    }
+    drill = drills[name]
     folder = plan.out / "drills"
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in (".json", ".requests.jsonl"):
         (folder / (name + suffix)).unlink(missing_ok=True)  # never an old result for a new drill
     result = Result()
     failure: str | None = None
-
-    def terminate(_signal: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
+        with terminable(), tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
             drill(plan, result, Path(scratch))
     except (NotMeasuredError, FleetError) as error:
         failure = str(error)
@@ -107,14 +128,83 @@ def main(name: str, plan: Plan) -> int:
         return exits.TERMINATED
     except KeyboardInterrupt:
         return exits.INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     value = {"drill": name, **result.values, "events": sorted(result.events, key=lambda event: event["at"])}
     if failure:
         value["failure"] = failure
+    bounds = judged(name, value, result.absent, plan.bounds) if plan.bounds else []
+    if bounds:
+        value["bounds"] = bounds
+    for bound in bounds:
+        print(f"drill {name}: {figures.told(bound)}", file=sys.stderr, flush=True)
     write_jsonl(folder / f"{name}.requests.jsonl", result.requests)
     write_json(folder / f"{name}.json", value | {"absent": result.absent, "percentiles": figures.PERCENTILES})
-    return exits.FAILED if failure else exits.OK
+    if failure:
+        return exits.FAILED
+    return exits.OK if all(bound["held"] for bound in bounds) else exits.GATE
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside."""
+
+    def terminate(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not keep a node from being uncordoned
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def in_turn(plan: Plan, wanted: DrillSpec, wait_seconds: float) -> int:
+    """Run the drills of `wanted` one after the other once all models answer; the exit code of the worst.
+
+    Raises `SettingsError` for a refused target.
+    """
+    codes = []
+    try:
+        with terminable():
+            _wait_answers(plan, wait_seconds)
+            for name in wanted.scenarios:
+                print(f"drill {name}", file=sys.stderr, flush=True)
+                codes.append(main(name, replace(plan, timeout_seconds=wanted.bounds.timeout_seconds(name))))
+                if codes[-1] in (exits.INTERRUPTED, exits.TERMINATED):
+                    break
+    except NotMeasuredError as error:
+        print(f"drills: nothing was broken: {error}", file=sys.stderr)
+        return exits.FAILED
+    except Terminated:
+        return exits.TERMINATED
+    return max(codes)
+
+
+def _wait_answers(plan: Plan, seconds: float) -> None:
+    """Until each model of the load answers through the router: some may be in tuning yet, or all asleep."""
+    router, rows = plan.site().router, read_rows(plan.dataset)
+    said: dict[str, str | None] = {}
+
+    def answers(number: int, model: str) -> bool:
+        messages = PromptSource(rows, plan.spec.seed, 1.0).messages(-1 - number, SHORT_PROMPT_CHARACTERS)
+        timeout = plan.spec.request_timeout_seconds
+        said[model] = ask(router, model, messages, stream=False, max_tokens=1, timeout_seconds=timeout).error
+        return said[model] in (None, "empty answer")  # one token may well be the end of turn
+
+    shown = ""
+
+    def all_answer() -> bool:
+        nonlocal shown
+        done = all(answers(number, model) for number, model in enumerate(plan.spec.models))
+        if not done and shown != (shown := why()):
+            print(f"drills: waiting up to {seconds:g} s: {shown}", file=sys.stderr, flush=True)
+        return done
+
+    def why() -> str:
+        told = [f"{model}: {error}" for model, error in said.items() if error not in (None, "empty answer")]
+        return f"not all models answered through {router} ({', '.join(told)})"
+
+    wait_until(all_answer, seconds, why, poll_seconds=WAIT_POLL_SECONDS)
 
 
 # --- the load beside a drill ------------------------------------------------------------------------------------
@@ -193,15 +283,20 @@ def load(
 
 
 def wait_until(
-    condition: Callable[[], bool], timeout_seconds: float, reason: str, check: Callable[[], None] = lambda: None
+    condition: Callable[[], bool],
+    timeout_seconds: float,
+    reason: str | Callable[[], str],
+    check: Callable[[], None] = lambda: None,
+    poll_seconds: float = POLL_SECONDS,
 ) -> None:
     """Poll until `condition` holds; `NotMeasuredError` after the timeout; `check` may raise earlier."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         check()
         if time.monotonic() > deadline:
-            raise NotMeasuredError(f"{reason} within {timeout_seconds:g} s")
-        time.sleep(POLL_SECONDS)
+            told = reason if isinstance(reason, str) else reason()
+            raise NotMeasuredError(f"{told} within {timeout_seconds:g} s")
+        time.sleep(poll_seconds)
 
 
 def sleep_checked(seconds: float, check: Callable[[], None]) -> None:
@@ -216,44 +311,32 @@ def sleep_checked(seconds: float, check: Callable[[], None]) -> None:
 
 
 class Watcher(threading.Thread):
-    """Follows one killed replica until it is ready again, noting when each stage was first seen.
+    """Follows what replaces one killed replica until it is ready, noting when each stage was first seen.
 
-    `restarted_at`: the fleet file names another process; `engine_at`: its /health is 200; `ready_at`: its /ready is
-    200. Each stage is looked for only after the one before, so an answer of the killed process cannot count.
+    `restarted_at`: there is another process (container) instead; `engine_at`: its /health is 200; `ready_at`: its
+    /ready is 200.
     """
 
-    def __init__(self, fleet: Path, killed: Replica, result: Result) -> None:
+    def __init__(self, site: Site, killed: str, result: Result) -> None:
         super().__init__(daemon=True)
-        self.fleet, self.killed, self.result = fleet, killed, result
+        self.site, self.killed, self.result = site, killed, result
         self.restarted_at: float | None = None
         self.engine_at: float | None = None
         self.ready_at: float | None = None
         self.given_up = threading.Event()
 
     def run(self) -> None:
-        name = self.killed.name
-        while not self.given_up.wait(POLL_SECONDS):
-            if self.restarted_at is None:
-                url = self._restarted()
-                if url is None:
-                    continue
-                self.killed = self.killed.model_copy(update={"url": url})
+        while self.ready_at is None and not self.given_up.wait(self.site.poll_seconds):
+            try:
+                stage, name = self.site.reached(self.killed)
+            except FleetError:  # the supervisor may be writing the file, the API server may be away for a moment
+                continue
+            if stage >= 1 and self.restarted_at is None:
                 self.restarted_at = self.result.event(f"{name} restarted")
-            if self.engine_at is None:
-                if get_status(self.killed.url + "/health") != 200:
-                    continue
+            if stage >= 2 and self.engine_at is None:
                 self.engine_at = self.result.event(f"{name} engine answers")
-            if get_status(self.killed.url + "/ready") == 200:
+            if stage >= 3:
                 self.ready_at = self.result.event(f"{name} ready")
-                return
-
-    def _restarted(self) -> str | None:
-        """The URL of the new process, once the fleet file names it."""
-        with contextlib.suppress(FleetError):  # the supervisor may be writing the file
-            new = read_fleet(self.fleet).replica(self.killed.name)
-            if (new.pid, new.started_at) != (self.killed.pid, self.killed.started_at):
-                return new.url.rstrip("/")
-        return None
 
     def missing(self) -> str | None:
         """What has not been seen yet, for a reason."""
@@ -264,22 +347,29 @@ class Watcher(threading.Thread):
             stage = "restarted, but its engine (/health) did not answer"
         if self.engine_at is not None:
             stage = "has its engine up, but is not ready (/ready): are all promoted adapters loadable?"
-        return f"{self.killed.name} {stage}"
+        return f"{self.killed} {stage}"
 
 
-def ready_fleet(plan: Plan) -> Fleet:
-    """The fleet, once all its replicas are ready: a drill on a broken fleet would measure something else."""
-    fleet = read_fleet(plan.fleet)
-    for url in (fleet.router, *(replica.url for replica in fleet.replicas)):
-        check_target(url, plan.allow_remote)
+def ready_site(plan: Plan) -> Site:
+    """The site, once all its replicas are ready: a drill on a broken one would measure something else."""
+    site, unready = plan.site(), list[str]()
 
-    def unready() -> list[str]:
-        return [r.name for r in fleet.replicas if get_status(r.url.rstrip("/") + "/ready") != 200]
+    def all_ready() -> bool:
+        try:
+            unready[:] = site.unready()
+        except ClusterError as error:
+            if error.status:
+                raise
+            unready[:] = [str(error)]  # a network policy takes some seconds to reach a new pod
+        return not unready
 
     wait_until(
-        lambda: not unready(), plan.timeout_seconds, f"before the drill: not every replica of {plan.fleet} was ready"
+        all_ready,
+        plan.timeout_seconds,
+        lambda: f"before the drill: not every replica was ready ({', '.join(unready)})",
+        poll_seconds=site.poll_seconds,
     )
-    return read_fleet(plan.fleet)
+    return site
 
 
 def spread(rows: Iterable[figures.Row]) -> dict[str, Any] | None:
@@ -302,7 +392,7 @@ def long_prompts(plan: Plan, result: Result, scratch: Path) -> None:
     `short_p95_ratio`: TTFT p95 of the normal prompts beside long ones, over that without long ones: what others'
     long prompts cost. `long_p95_ratio`: that of the long prompts over the same base.
     """
-    target = plan.target or ready_fleet(plan).router
+    target = plan.target or ready_site(plan).router
     check_target(target, plan.allow_remote)
     share = plan.spec.long_share or DEFAULT_LONG_SHARE
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -351,16 +441,52 @@ def long_prompts(plan: Plan, result: Result, scratch: Path) -> None:
 
 
 def replica_loss(plan: Plan, result: Result, scratch: Path) -> None:
-    """SIGKILL one replica under load and wait until the same one is ready again.
+    """Kill one replica under load and wait until it, or the one in its place, is ready again; figures: `_loss`."""
+    site = ready_site(plan)
+    name = plan.replica or site.names()[0]
+    site.check([name])
+    result.values |= {"killed": name, "how": site.how}
+    _loss(plan, site, [name], lambda check: site.kill([name]), f"{name} killed", result, scratch)
+
+
+def node_drain(plan: Plan, result: Result, scratch: Path) -> None:
+    """Cordon the node of one replica and evict all replicas there under load, as a drain does; figures: `_loss`.
+
+    Whatever happens, the node takes pods again at the end.
+    """
+    cluster = plan.in_cluster()
+    ready_site(plan)
+    node, names = cluster.node_of(plan.replica or cluster.names()[0])
+    result.values |= {"node": node, "killed": names}
+
+    def drain(check: Callable[[], None]) -> float:
+        cluster.cordon(node)
+        result.event(f"node {node} cordoned")
+        return cluster.drain(names, plan.timeout_seconds, check)
+
+    try:
+        _loss(plan, cluster, names, drain, f"{', '.join(names)} evicted", result, scratch)
+    finally:
+        cluster.uncordon(node)
+        result.event(f"node {node} uncordoned")
+
+
+def _loss(
+    plan: Plan,
+    site: Site,
+    names: Sequence[str],
+    take: Callable[[Callable[[], None]], float],
+    taken: str,
+    result: Result,
+    scratch: Path,
+) -> None:
+    """`take` the replicas `names` under load and wait until as many are ready again.
 
     Half the users stream and half do not: a router can send a lost request again, but not an answer that has begun.
-    `recovery_seconds`: from the kill to 200 on that replica's /ready. `p95_ratio`: TTFT p95 of streamed requests
+    `recovery_seconds`: from the kill to 200 on the last one's /ready. `p95_ratio`: TTFT p95 of streamed requests
     started between the kill and the recovery, over that of those started before the kill (ramp left out).
     """
-    fleet = ready_fleet(plan)
-    name = plan.replica or fleet.replicas[0].name
-    check_kill(fleet.replica(name))
-    longest = plan.before_seconds + plan.timeout_seconds + plan.after_seconds + 60
+    longest = plan.before_seconds + 2 * plan.timeout_seconds + plan.after_seconds + 60
     spec = plan.spec.model_copy(
         update={
             "users": max(2, plan.spec.users),
@@ -370,28 +496,29 @@ def replica_loss(plan: Plan, result: Result, scratch: Path) -> None:
             "seed": plan.spec.seed + 3000,
         }
     )
-    with load(plan, spec, fleet.router, scratch / "load", open_ended=True) as running:
+    watchers = [Watcher(site, name, result) for name in names]
+    with load(plan, spec, site.router, scratch / "load", open_ended=True) as running:
         running.wait_started(60 + spec.request_timeout_seconds)
         begun = result.event("load started")
         sleep_checked(spec.ramp_seconds + plan.before_seconds, running.check)
-        victim = read_fleet(plan.fleet).replica(name)
-        watcher = Watcher(plan.fleet, victim, result)
-        killed_at = result.event(f"{name} killed", kill([victim]))
-        result.values["killed"] = name
-        watcher.start()
+        killed_at = result.event(taken, take(running.check))
+        for watcher in watchers:
+            watcher.start()
         try:
             deadline = time.monotonic() + plan.timeout_seconds
-            while watcher.is_alive() and time.monotonic() < deadline:
+            while any(watcher.is_alive() for watcher in watchers) and time.monotonic() < deadline:
                 running.check()
-                watcher.join(POLL_SECONDS)
-            if watcher.ready_at is not None:
+                time.sleep(POLL_SECONDS)
+            if all(watcher.ready_at is not None for watcher in watchers):
                 sleep_checked(plan.after_seconds, running.check)
         finally:
-            watcher.given_up.set()
+            for watcher in watchers:
+                watcher.given_up.set()
         result.requests = running.finish(now=True)
         result.event("load ended")
 
-    ready_at = watcher.ready_at
+    times = [watcher.ready_at for watcher in watchers if watcher.ready_at is not None]
+    ready_at = max(times) if len(times) == len(watchers) else None
     for row in result.requests:
         row["phase"] = "before" if row["started_at"] < killed_at else "lost"
         if ready_at is not None and row["started_at"] > ready_at:
@@ -408,7 +535,7 @@ def replica_loss(plan: Plan, result: Result, scratch: Path) -> None:
         "failures_by_reason": reasons(rows),
         "ttft_ms": {key: value for key, value in (("before", before), ("lost", lost)) if value},
     }
-    missing = watcher.missing()
+    missing = "; ".join(text for watcher in watchers if (text := watcher.missing()))
     result.put(
         "recovery_seconds", ready_at - killed_at if ready_at else None, f"{missing} within {plan.timeout_seconds:g} s"
     )
@@ -476,28 +603,28 @@ class Prober:
 
 
 def outage(plan: Plan, result: Result, scratch: Path) -> None:
-    """SIGKILL all replicas and time the way back to the first token through the router.
+    """Kill all replicas and time the way back to the first token through the router.
 
-    Phases in seconds, each from the end of the one before: `restart` until the fleet file names a new process of any
+    Phases in seconds, each from the end of the one before: `restart` until there is a new process (container) of any
     replica, `engine` until any /health is 200, `adapters` until any /ready is 200, `routed` until the first token
     through the router. Their sum is `recovery_seconds`. A token that came before a milestone was seen (a router may
     send work to an engine that is not ready yet) ends the phases there.
     """
-    fleet = ready_fleet(plan)
-    for replica in fleet.replicas:
-        check_kill(replica)
-    prober = Prober(fleet.router, plan.spec, read_rows(plan.dataset))
+    site = ready_site(plan)
+    names = site.names()
+    site.check(names)
+    prober = Prober(site.router, plan.spec, read_rows(plan.dataset))
     wait_until(
-        lambda: prober.probe().error is None, plan.timeout_seconds, f"before the drill: no token through {fleet.router}"
+        lambda: prober.probe().error is None, plan.timeout_seconds, f"before the drill: no token through {site.router}"
     )
-    watchers = [Watcher(plan.fleet, replica, result) for replica in read_fleet(plan.fleet).replicas]
+    watchers = [Watcher(site, name, result) for name in names]
     prober.ticker.start()
     token_at: float | None = None
     try:
         time.sleep(2 * PROBE_SECONDS)
-        killed_at = result.event("all replicas killed", kill([watcher.killed for watcher in watchers]))
+        killed_at = result.event("all replicas killed", site.kill(names))
         dead_at = time.time()
-        result.values["killed"] = [watcher.killed.name for watcher in watchers]
+        result.values |= {"killed": names, "how": site.how}
         for watcher in watchers:
             watcher.start()
         deadline = time.monotonic() + plan.timeout_seconds
@@ -518,7 +645,7 @@ def outage(plan: Plan, result: Result, scratch: Path) -> None:
         "probes": len(probes),
         "failed_probes": sum(record.error is not None and record.started_at <= until for record in probes),
         "failures_by_reason": reasons([vars(record) for record in probes]),
-        "replicas": {watcher.killed.name: stages(watcher, killed_at, result.absent) for watcher in watchers},
+        "replicas": {watcher.killed: stages(watcher, killed_at, result.absent) for watcher in watchers},
     }
     result.put(
         "recovery_seconds",
@@ -539,6 +666,65 @@ def outage(plan: Plan, result: Result, scratch: Path) -> None:
         raise NotMeasuredError("; ".join([*missing, *([] if token_at else [result.absent["recovery_seconds"]])]))
 
 
+def tuning_eviction(plan: Plan, result: Result, scratch: Path) -> None:
+    """Evict a pod that tunes, as a spot node's end does, and follow its Job until another one goes on.
+
+    `recovery_seconds`: from the eviction until the next pod tunes; `lost_steps`: those told before the eviction that
+    it makes again, its checkpoint being older.
+    """
+    cluster = plan.in_cluster()
+    working = cluster.tuners()
+    if not working:
+        raise NotMeasuredError(
+            f"nothing to evict: no pod in {cluster.tuning} tunes at present. Run this drill while a tuning Job does, "
+            "such as after a changed setting of an adapter"
+        )
+    pod, seconds, poll = working[0], plan.timeout_seconds, cluster.poll_seconds
+    name = pod["metadata"]["name"]
+    seen: dict[str, Any] = {}
+
+    def found(key: str, look: Callable[[], Any]) -> bool:
+        with contextlib.suppress(FleetError):  # a container that has yet to start has no log
+            seen[key] = look()
+        return seen.get(key) is not None
+
+    def still_there() -> None:
+        with contextlib.suppress(FleetError):
+            if pod["metadata"]["uid"] not in {other["metadata"]["uid"] for other in cluster.tuners()}:
+                raise NotMeasuredError(f"{name} ended, or was taken away, before it told a step")
+
+    wait_until(
+        lambda: found("step", lambda: cluster.step(pod)),
+        seconds,
+        f"{name} told no step",
+        still_there,
+        poll_seconds=poll,
+    )
+    step = seen["step"]
+    result.values |= {"pod": name, "evicted_at_step": step}
+    evicted_at = result.event(f"{name} evicted at step {step}", cluster.evict_tuner(pod))
+    result.absent |= dict.fromkeys(("recovery_seconds", "lost_steps"), f"no pod in place of {name} tunes")
+    wait_until(
+        lambda: found("next", lambda: cluster.tuner_after(pod)),
+        seconds,
+        f"no pod in place of {name} tunes",
+        poll_seconds=poll,
+    )
+    after = seen["next"]
+    result.values["recovery_seconds"] = round(result.event(f"{after['metadata']['name']} tunes") - evicted_at, 3)
+    del result.absent["recovery_seconds"]
+    result.absent["lost_steps"] = f"{after['metadata']['name']} does not say that it goes on from a checkpoint"
+    wait_until(
+        lambda: found("resumed", lambda: cluster.resumed_at(after)),
+        seconds,
+        result.absent["lost_steps"],
+        poll_seconds=poll,
+    )
+    del result.absent["lost_steps"]
+    result.event(f"{after['metadata']['name']} goes on from step {seen['resumed']}")
+    result.values |= {"resumed_at_step": seen["resumed"], "lost_steps": max(0, step - seen["resumed"])}
+
+
 def phases(killed_at: float, token_at: float, milestones: dict[str, list[float | None]]) -> dict[str, float]:
     """Seconds of each phase from unix times; the first replica to reach a milestone counts; they sum to the whole."""
     found: dict[str, float] = {}
@@ -557,7 +743,7 @@ def stages(watcher: Watcher, killed_at: float, absent: dict[str, str]) -> dict[s
     last = killed_at
     for name, at in (("restart", watcher.restarted_at), ("engine", watcher.engine_at), ("adapters", watcher.ready_at)):
         if at is None:
-            absent[f"replicas.{watcher.killed.name}.{name}_seconds"] = str(watcher.missing())
+            absent[f"replicas.{watcher.killed}.{name}_seconds"] = str(watcher.missing())
             return found
         found[f"{name}_seconds"] = round(at - last, 3)
         last = at

@@ -45,6 +45,8 @@ REQUIRED: dict[str, dict[str, str]] = {
     "drills.long_prompts": {"short_p95_ratio": "number", "long_p95_ratio": "number"},
     "drills.replica_loss": {"failed": "number", "p95_ratio": "number", "recovery_seconds": "number"},
     "drills.outage": {"recovery_seconds": "number", "phases": "numbers"},
+    "drills.node_drain": {"failed": "number", "recovery_seconds": "number"},
+    "drills.tuning_eviction": {"recovery_seconds": "number", "lost_steps": "number"},
 }
 ADAPTER_FILES = {
     "dataset": "dataset/{}.json",
@@ -52,13 +54,21 @@ ADAPTER_FILES = {
     "evaluation": "runs/{}/evaluation.json",
     "promotion": "promotions/{}.json",
 }
-DRILLS = ("long_prompts", "replica_loss", "outage")
+DRILLS = ("long_prompts", "replica_loss", "outage")  # of every chain
+CLUSTER_DRILLS = ("node_drain", "tuning_eviction")  # of those who asked for them
 GOOD = "ok"  # the status of a stage that ended well
 MAIN_SCENARIO = "load"  # the default of `python -m stress run --scenario`
-# What a drill should stay within: (figure, the most it may be, in words).
-BOUNDS: dict[str, tuple[str, float, str]] = {
-    "long_prompts": ("short_p95_ratio", 1.5, "TTFT p95 of the normal prompts at most 1.5 times as high"),
-    "replica_loss": ("failed_non_streams", 0, "no request lost that the router could send again (not streamed)"),
+# What a drill should stay within that brought no bounds along: the most that these figures may be.
+BOUNDS: dict[str, dict[str, float]] = {
+    "long_prompts": {"short_p95_ratio": 1.5},
+    "replica_loss": {"failed_non_streams": 0},
+}
+BOUND_WORDS = {
+    "short_p95_ratio": "TTFT p95 of the normal prompts at most %g times as high",
+    "failed_non_streams": "at most %g requests lost that the router could send again (not streamed)",
+    "failed": "at most %g requests failed",
+    "recovery_seconds": "recovered within %g s",
+    "lost_steps": "at most %g steps made again",
 }
 
 
@@ -238,6 +248,8 @@ def build(root: Path) -> Json:
     chosen = MAIN_SCENARIO if MAIN_SCENARIO in scenarios or not scenarios else scenarios[0]
     stress = builder.section("stress", f"stress/{chosen}/summary.json", "stress")
     if stress is not None:
+        if not isinstance(stress.get("bounds", []), list):
+            del stress["bounds"]
         report["stress"] = {"scenario": chosen, **stress}
     for name in scenarios:
         if name != chosen:
@@ -246,15 +258,11 @@ def build(root: Path) -> Json:
                 report.setdefault("scenarios", {})[name] = more
 
     report["drills"] = {}
-    for name in DRILLS:
-        drill = builder.section(f"drills.{name}", f"drills/{name.replace('_', '-')}.json", f"drills.{name}")
+    written = [name for name in CLUSTER_DRILLS if (root / drill_file(name)).exists()]
+    for name in (*DRILLS, *written):
+        drill = builder.section(f"drills.{name}", drill_file(name), f"drills.{name}")
         if drill is not None:
-            if name in BOUNDS:
-                measured, limit, text = BOUNDS[name]
-                if measured in drill and number(drill[measured]):
-                    held = bool(drill[measured] <= limit)
-                    drill["bound"] = {"figure": measured, "at_most": limit, "text": text, "held": held}
-            report["drills"][name] = drill
+            report["drills"][name] = drill | {"bounds": _bounds(name, drill)}
 
     versions = _versions(rehearsal, *adapters.get(main, {}).values(), report.get("stress", {}))
     if versions:
@@ -266,12 +274,13 @@ def build(root: Path) -> Json:
             report |= builder._clean({key: rehearsal[key]}, "rehearsal", "rehearsal.json")
     if builder.stages:
         report["stages"] = builder._clean(builder.stages, "stages", "rehearsal.json")
-    if "stress" in report and not (rehearsal or adapters or report["drills"]):
+    if not (rehearsal or adapters) and ("stress" in report) != bool(report["drills"]):
         report["alone"] = True
-        # Of what a load by itself does not mean to be.
-        chain = {"stages", *ADAPTER_FILES, *(f"drills.{name}" for name in DRILLS)}
+        # Of what a load, or drills, by themselves do not mean to be.
+        chain = {"stages", *ADAPTER_FILES, *(f"drills.{name}" for name in DRILLS if name not in report["drills"])}
+        chain |= set() if "stress" in report else {"stress", "versions"}
         report["absent"] = dict(sorted((path, text) for path, text in absent.items() if path not in chain))
-        report["verdict"] = _load_verdict(report["stress"])
+        report["verdict"] = _load_verdict(report["stress"]) if "stress" in report else _drills_verdict(report["drills"])
         return report
     report["verdict"] = _verdict(report, builder)
     report["absent"] = dict(sorted(absent.items()))
@@ -296,6 +305,55 @@ def _load_verdict(stress: Json) -> Json:
     return {"status": "not_held" if broken else "held", "headline": headline, "text": asked, "notes": notes}
 
 
+def _drills_verdict(drills: Json) -> Json:
+    """As `_load_verdict`, for drills without a chain. One that could not be measured has not held."""
+    bad = [
+        name for name, drill in drills.items() if drill.get("failure") or not all(b["held"] for b in drill["bounds"])
+    ]
+    held = f"{len(drills) - len(bad)} of {len(drills)} drills held their bounds"
+    names = ", ".join(name.replace("_", " ") for name in bad)
+    notes = _drill_notes(drills)
+    if bad:
+        return {"status": "not_held", "headline": f"Not held: {names}", "text": held, "notes": notes}
+    return {"status": "held", "headline": "The drills kept their bounds", "text": held, "notes": notes}
+
+
+def _drill_notes(drills: Json) -> list[str]:
+    """What of the drills did not go well, in words."""
+    notes = []
+    for name, values in drills.items():
+        title = f"drill {name.replace('_', ' ')}"
+        if values.get("failure"):
+            notes.append(f"{title}: {values['failure']}")
+        for bound in values["bounds"]:
+            if not bound["held"] and "measured" in bound:
+                notes.append(f"{title}: measured {figure(bound['measured'])}, wanted {bound['text']}")
+    return notes
+
+
+def drill_file(name: str, suffix: str = ".json") -> str:
+    """Where the drill `name` has written."""
+    return f"drills/{name.replace('_', '-')}{suffix}"
+
+
+def _bounds(name: str, drill: Json) -> list[Json]:
+    """What became of the drill's bounds, with words: those that it brought along, or those of `BOUNDS`."""
+    given = drill.get("bounds")
+    if not isinstance(given, list):
+        given = [
+            {"name": key, "at_most": most, "measured": value, "held": value <= most}
+            for key, most in BOUNDS.get(name, {}).items()
+            if number(value := drill.get(key)) and value is not None
+        ]
+    found = []
+    for bound in given:
+        if isinstance(bound, dict) and number(bound.get("at_most")) and isinstance(bound.get("held"), bool):
+            words = BOUND_WORDS.get(str(bound.get("name")), f"{bound.get('name')} at most %g")
+            kept = {key: value for key, value in bound.items() if key != "measured" or number(value)}
+            found.append(kept | {"text": words % bound["at_most"]})
+    return found
+
+
 def _versions(*sources: Json) -> Json:
     found: Json = {}
     for source in sources:
@@ -314,12 +372,7 @@ def _verdict(report: Json, builder: Builder) -> Json:
     for other, parts in report["adapters"].items():
         if other != report.get("main") and get(parts, "evaluation.passed") is False:
             notes.append(f"{other} did not pass its gate and is not served: {get(parts, 'evaluation.verdict')}")
-    for drill, values in report["drills"].items():
-        if values.get("failure"):
-            notes.append(f"drill {drill.replace('_', ' ')}: {values['failure']}")
-        if get(values, "bound.held") is False:
-            measured = figure(values[values["bound"]["figure"]])
-            notes.append(f"drill {drill.replace('_', ' ')}: measured {measured}, wanted {get(values, 'bound.text')}")
+    notes += _drill_notes(report["drills"])
     if evaluation.get("passed") is False:
         text = str(evaluation.get("verdict") or "the interval of the gain is not above the gate's minimum")
         headline = f"{name} did not pass the gate" + ("; nothing was promoted" if nothing else " and is not promoted")
@@ -398,7 +451,8 @@ def episodes(folder: Folder, report: Json) -> list[Any]:
     files: list[tuple[str, str, Json]] = [
         (name, f"stress/{name}/requests.jsonl", {}) for name in folder.names("stress/*/")
     ]
-    files += [(n, f"drills/{n.replace('_', '-')}.requests.jsonl", report["drills"].get(n, {})) for n in DRILLS]
+    drills = report["drills"]
+    files += [(n, drill_file(n, ".requests.jsonl"), drills.get(n, {})) for n in (*DRILLS, *CLUSTER_DRILLS)]
     for name, file, drill in files:
         sent = []
         for row in folder.lines(file):
@@ -440,6 +494,11 @@ def _scores(evaluation: Json) -> tuple[list[Any], float]:
             found.append(Score(str(name), values["base"], values["adapter"], gain, tuple(interval), minimum))
     confidence = evaluation.get("confidence")
     return found, confidence if isinstance(confidence, float) else 0.95
+
+
+def _expected(drill: str, report: Json) -> bool:
+    """Whether the report tells why this drill is missing."""
+    return drill in DRILLS and not report.get("alone")
 
 
 def render(root: Path, report: Json) -> str:
@@ -493,7 +552,7 @@ def render(root: Path, report: Json) -> str:
         main=main,
         marks=[(episode.name, plots.marks(episode)) for episode in shown],
         samples=samples,
-        drills=DRILLS,
+        drills=[name for name in (*DRILLS, *CLUSTER_DRILLS) if name in report["drills"] or _expected(name, report)],
         good=GOOD,
     )  # fmt: skip
 

@@ -62,6 +62,7 @@ NAME_KEYS = {
     "AgentPool": "agentPoolName",
     "AzureMonitorWorkspace": "azureMonitorWorkspaceName",
     "BlobContainer": "containerName",
+    "Dashboard": "dashboardName",
     "Grafana": "workspaceName",
     "ManagedCluster": "resourceName",
     "Registry": "registryName",

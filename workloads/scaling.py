@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +15,35 @@ from workloads.engine import startup_seconds
 from workloads.metrics import NAMESPACE_LABEL
 from workloads.namespaces import SERVING
 
-IDLE_WINDOW = "10m"  # without a request, after which a pool that may sleep does
+IDLE_SECONDS = 600  # without a request, after which a pool that may sleep counts as unused
 POLL_SECONDS = 15  # the interval of the metrics
+FULL = 0.8  # of slots or KV cache in use: a replica more is due, since it comes only when a model's start is over
+MOST_AT_ONCE = 1.5  # times the replicas that answer: what a queue may ask for, while it waits for those that start
 NODE_SECONDS = 600  # a GPU node takes 3 to 8 minutes, the image 1 to 2 (KAITO)
-HPA_LONGEST_PERIOD = 1800  # Kubernetes' limits (autoscaling/v2)
-HPA_LONGEST_WINDOW = 3600
+UP_WINDOW = 60
+STAY = 1.5  # starts, in which fewer must have been enough: what came last is there for half of one before it may go
+DOWN_PERIOD = 300
+HPA_LONGEST_WINDOW = 3600  # Kubernetes' limit (autoscaling/v2)
+AUTHENTICATION = "managed-prometheus"
 
 _HERE = f'{NAMESPACE_LABEL}="{SERVING}"'
-WAITING = f"sum(vllm:num_requests_waiting{{{_HERE}}})"
 RUNNING = f"sum(vllm:num_requests_running{{{_HERE}}})"
+KV_CACHE = f"sum(vllm:kv_cache_usage_perc{{{_HERE}}})"
+
+
+def waiting(queue_target: int) -> str:
+    """The queue, at most as long as MOST_AT_ONCE times the replicas that answer would have it.
+
+    A queue grows for as long as the new replicas take to start, and says nothing of how many are needed. Counted are
+    replicas whose metrics are there: until the new ones help, it asks for no more. The HPA's policies could not say so:
+    they know no readiness, and their longest period of 1800 s is shorter than the start of a 70B model.
+    """
+    queue = f"vllm:num_requests_waiting{{{_HERE}}}"
+    return f"clamp_max(sum({queue}), {MOST_AT_ONCE * queue_target:g} * scalar(count({queue})))"
 
 
 def asked() -> str:
-    """1 when the router had a request within IDLE_WINDOW, otherwise 0: also for requests that found no replica.
+    """1 when the router had a request within IDLE_SECONDS, otherwise 0: also for requests that found no replica.
 
     The router has a counter for either kind, which begins with its first event: a series that did not exist before the
     window counts as it stands, since `increase` sees no growth in it.
@@ -39,8 +56,8 @@ def asked() -> str:
         term
         for counter in counters
         for term in (
-            f"(sum(increase({counter}[{IDLE_WINDOW}])) or vector(0))",
-            f"(sum({counter} unless {counter} offset {IDLE_WINDOW}) or vector(0))",
+            f"(sum(increase({counter}[{IDLE_SECONDS}s])) or vector(0))",
+            f"(sum({counter} unless {counter} offset {IDLE_SECONDS}s) or vector(0))",
         )
     ]
     return f"clamp_max({' + '.join(terms)}, 1)"
@@ -51,10 +68,15 @@ def triggers(settings: Serving) -> list[tuple[str, str, Mapping[str, str]]]:
     # An engine's metric that is missing is an error, and then nothing is scaled: KEDA's default reads it as 0 and would
     # scale down blindly. Where no replica at all is normal, so is a missing metric.
     missing = {"ignoreNullValues": "true" if settings.min_replicas == 0 else "false"}
+    # All are sums against what one replica should have (metricType AverageValue, KEDA's default): ceil(sum / threshold)
+    # replicas are wanted. An average over replicas as Value would be multiplied by the number of ready ones.
     found: list[tuple[str, str, Mapping[str, str]]] = [
-        ("waiting", WAITING, {"threshold": str(settings.queue_target), **missing}),
-        # Full replicas with an empty queue are needed too: without this they would be taken away, and come back.
-        ("running", RUNNING, {"threshold": str(settings.max_num_seqs), **missing}),
+        ("waiting", waiting(settings.queue_target), {"threshold": str(settings.queue_target), **missing}),
+        # Before the slots are full, for then it is too late; and without this busy replicas with an empty queue would
+        # be taken away, and come back.
+        ("running", RUNNING, {"threshold": f"{FULL * settings.max_num_seqs:g}", **missing}),
+        # Long contexts fill the cache before the slots: requests wait, or are preempted and begun anew.
+        ("kv-cache", KV_CACHE, {"threshold": f"{FULL:g}", **missing}),
     ]
     if settings.min_replicas == 0:
         # Without replicas there is no queue: the router alone knows that somebody asks (production-stack#679).
@@ -62,27 +84,53 @@ def triggers(settings: Serving) -> list[tuple[str, str, Mapping[str, str]]]:
     return found
 
 
+def start_seconds(parameters: int) -> int:
+    """From the wish for a replica to its first answer, at worst: a node, the image, the model."""
+    return NODE_SECONDS + startup_seconds(parameters)
+
+
 def behavior(parameters: int) -> dict[str, Any]:
     """The HPA's pace, from the time that a new replica takes until it helps (seconds).
 
-    Up: at most twice as many within such a time, since the queue stays long until the new ones are there. Down: one at
-    a time, and none before the queue was short for as long as it takes to get one back.
+    Up: not for a queue that is gone within UP_WINDOW, and otherwise at once: what triggers ask for is bounded. Down:
+    one at a time, and none before fewer were enough for longer than it takes to get one back. By these numbers a day's
+    load changes direction once, which it did not with a window of one start, or with a queue that asks for twice as
+    many (tests/stack/test_scaling_simulation.py; try yours: python -m workloads.scaling_simulation).
     """
-    start = NODE_SECONDS + startup_seconds(parameters)
-    period = min(start, HPA_LONGEST_PERIOD)
     return {
         "scaleUp": {
-            "stabilizationWindowSeconds": 0,
-            "selectPolicy": "Max",
-            "policies": [
-                {"type": "Percent", "value": 100, "periodSeconds": period},
-                {"type": "Pods", "value": 1, "periodSeconds": period},
-            ],
+            "stabilizationWindowSeconds": UP_WINDOW,
+            "policies": [{"type": "Percent", "value": 100, "periodSeconds": POLL_SECONDS}],
         },
         "scaleDown": {
-            "stabilizationWindowSeconds": min(start, HPA_LONGEST_WINDOW),
-            "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}],
+            "stabilizationWindowSeconds": min(math.ceil(STAY * start_seconds(parameters)), HPA_LONGEST_WINDOW),
+            "policies": [{"type": "Pods", "value": 1, "periodSeconds": DOWN_PERIOD}],
         },
+    }
+
+
+def scaled_object(
+    settings: Serving, parameters: int, *, query_endpoint: pulumi.Input[str], deployment: pulumi.Input[str] = "engine"
+) -> dict[str, Any]:
+    """The ScaledObject's spec. `parameters`: of the base model."""
+    return {
+        "scaleTargetRef": {"name": deployment},
+        "minReplicaCount": settings.min_replicas,
+        "maxReplicaCount": settings.max_replicas,
+        "pollingInterval": POLL_SECONDS,
+        # From one replica to none, after the last trigger; the HPA paces the rest. Shorter than a start, it would take
+        # away what a single request woke before that could answer anyone.
+        "cooldownPeriod": start_seconds(parameters),
+        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior(parameters)}},
+        "triggers": [
+            {
+                "type": "prometheus",
+                "name": title,
+                "metadata": {"serverAddress": query_endpoint, "query": query, **further},
+                "authenticationRef": {"name": AUTHENTICATION},
+            }
+            for title, query, further in triggers(settings)
+        ],
     }
 
 
@@ -114,7 +162,7 @@ class Scaling(pulumi.ComponentResource):
             f"{name}-authentication",
             api_version="keda.sh/v1alpha1",
             kind="TriggerAuthentication",
-            metadata=meta.v1.ObjectMetaArgs(name="managed-prometheus", namespace=args.namespace),
+            metadata=meta.v1.ObjectMetaArgs(name=AUTHENTICATION, namespace=args.namespace),
             # The operator's own service account is federated with this identity (infra/identities.py).
             spec={"podIdentity": {"provider": "azure-workload", "identityId": args.keda_client_id}},
             opts=child,
@@ -124,22 +172,8 @@ class Scaling(pulumi.ComponentResource):
             api_version="keda.sh/v1alpha1",
             kind="ScaledObject",
             metadata=meta.v1.ObjectMetaArgs(name="engine", namespace=args.namespace),
-            spec={
-                "scaleTargetRef": {"name": args.deployment},
-                "minReplicaCount": settings.min_replicas,
-                "maxReplicaCount": settings.max_replicas,
-                "pollingInterval": POLL_SECONDS,
-                "cooldownPeriod": 300,  # from one replica to none, after the last trigger; the HPA paces the rest
-                "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior(args.parameters)}},
-                "triggers": [
-                    {
-                        "type": "prometheus",
-                        "name": title,
-                        "metadata": {"serverAddress": args.query_endpoint, "query": query, **further},
-                        "authenticationRef": {"name": "managed-prometheus"},
-                    }
-                    for title, query, further in triggers(settings)
-                ],
-            },
+            spec=scaled_object(
+                settings, args.parameters, query_endpoint=args.query_endpoint, deployment=args.deployment
+            ),
             opts=pulumi.ResourceOptions(parent=self, depends_on=[authentication]),
         )

@@ -9,7 +9,7 @@ import pulumi
 from pulumi_kubernetes import core, meta
 
 from infra.datasets import Datasets
-from infra.settings import Environment, Stress
+from infra.settings import Environment, Run, Stress
 from infra.storage import REPORTS
 from workloads.engine import ROUTER_LABELS
 from workloads.jobs import ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
@@ -26,8 +26,8 @@ SPECS = "/etc/drydock"
 SETUP_SECONDS = 1800  # a node of the apps pool, the image on it, the datasets; and at the end the report
 
 # What the containers may write to, on a read-only root; HOME and XDG_CACHE_HOME (matplotlib's font list) are /cache.
-_SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
-_ENVIRONMENT = variables({"HOME": "/cache", "TMPDIR": "/tmp"})
+SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
+ENVIRONMENT = variables({"HOME": "/cache", "TMPDIR": "/tmp"})
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class StressTest(pulumi.ComponentResource):
         self.register_outputs({"job_name": self.job_name, "report": self.report})
 
 
-def job_name(settings: Stress) -> str:
+def job_name(settings: Run, kind: str = "stress") -> str:
     """`stress-1a2b3c4d`. Only what was written counts: a new default of ours starts nothing."""
-    return f"stress-{inputs_hash(settings.model_dump_json(exclude_unset=True), length=8)}"
+    return f"{kind}-{inputs_hash(settings.model_dump_json(exclude_unset=True), length=8)}"
 
 
 def deadline_seconds(settings: Stress) -> int:
@@ -116,36 +116,46 @@ def deadline_seconds(settings: Stress) -> int:
     return math.ceil(SETUP_SECONDS + ROLE_WAIT_SECONDS + 2 * settings.wait_seconds + load)
 
 
+def fetches(env: Environment, image: pulumi.Input[str], datasets: Datasets) -> list[core.v1.ContainerArgs]:
+    """Init containers that bring every dataset of the adapters into DATASETS, for the prompts."""
+    addresses = {datasets.digests[adapter]: datasets.blobs[adapter] for adapter in env.adapters}
+    return [_fetch(image, digest, address) for digest, address in sorted(addresses.items())]
+
+
+def key_variable(secret: pulumi.Input[str]) -> core.v1.EnvVarArgs:
+    """The API key with which a load asks, from `secret`."""
+    from_secret = core.v1.EnvVarSourceArgs(secret_key_ref=core.v1.SecretKeySelectorArgs(name=secret, key="key"))
+    return core.v1.EnvVarArgs(name="DRYDOCK_API_KEY", value_from=from_secret)
+
+
 def _pod(
     args: StressTestArgs, specs: pulumi.Input[str], key: pulumi.Input[str], report: pulumi.Output[str]
 ) -> core.v1.PodSpecArgs:
-    addresses = {args.datasets.digests[adapter]: args.datasets.blobs[adapter] for adapter in args.env.adapters}
     return job_pod(
         args.service_account,
         [_load(args, key, report)],
         [scratch("work"), scratch("cache"), scratch("tmp"), config("specs", specs)],
         node_selector=apps_node_selector(),
-        init_containers=[_fetch(args, digest, address) for digest, address in sorted(addresses.items())],
+        init_containers=fetches(args.env, args.image, args.datasets),
     )
 
 
-def _fetch(args: StressTestArgs, digest: str, address: pulumi.Input[str]) -> core.v1.ContainerArgs:
+def _fetch(image: pulumi.Input[str], digest: str, address: pulumi.Input[str]) -> core.v1.ContainerArgs:
     return core.v1.ContainerArgs(
         name=f"fetch-{digest[:12]}",
-        image=args.image,
+        image=image,
         command=[
             *("python", "-m", "blobs", "fetch", address, f"{DATASETS}/{digest[:12]}.jsonl"),
             *("--sha256", digest, "--wait-seconds", str(ROLE_WAIT_SECONDS)),
         ],
-        env=_ENVIRONMENT,
+        env=ENVIRONMENT,
         resources=resources(cpu="250m", cpu_limit="1", memory="512Mi", storage="1Gi"),
         security_context=container_security(),
-        volume_mounts=_SCRATCH,
+        volume_mounts=SCRATCH,
     )
 
 
 def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[str]) -> core.v1.ContainerArgs:
-    from_secret = core.v1.EnvVarSourceArgs(secret_key_ref=core.v1.SecretKeySelectorArgs(name=key, key="key"))
     return core.v1.ContainerArgs(
         name="stress",
         image=args.image,
@@ -154,9 +164,9 @@ def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[st
             *("--settings", f"{SPECS}/stress.json", "--dataset", DATASETS, "--out", OUT),
             *("--wait-seconds", str(args.env.stress.wait_seconds), "--push", report),
         ],
-        env=[*_ENVIRONMENT, core.v1.EnvVarArgs(name="DRYDOCK_API_KEY", value_from=from_secret)],
+        env=[*ENVIRONMENT, key_variable(key)],
         # One Python process: more than one core is of no use to it, two for what the report draws.
         resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="4Gi"),
         security_context=container_security(),
-        volume_mounts=[*_SCRATCH, mount("specs", SPECS, read_only=True)],
+        volume_mounts=[*SCRATCH, mount("specs", SPECS, read_only=True)],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from common.files import read_json, read_jsonl
+from common.files import read_json, read_jsonl, write_json
+from stress.client import get_status
+from tests.unit.blob_fakes import KEY, FakeAccount
+from tests.unit.test_stress_cluster import FakeKubernetes, pod, tuner
 from tests.unit.test_stress_fake import ROOT, FakeFleet, stress, write_dataset
 
 
@@ -159,3 +163,161 @@ def test_a_killed_drill_takes_its_load_with_it(tmp_path: Path, common: list[Any]
         while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
             assert time.monotonic() < deadline, "the load outlived its drill"
             time.sleep(0.05)
+
+
+class Pods:
+    """The fake fleet's processes as a cluster's pods: another process is another pod."""
+
+    def __init__(self, fleet: FakeFleet) -> None:
+        self.fleet = fleet
+
+    def __call__(self) -> list[dict[str, Any]]:
+        return [self.pod(index, process) for index, process in enumerate(self.fleet.processes)]
+
+    def pod(self, index: int, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+        url = f"http://127.0.0.1:{self.fleet.configs[index]['port']}"
+        stage = int(process.poll() is None)
+        if stage and get_status(url + "/health") == 200:
+            stage = 3 if get_status(url + "/ready") == 200 else 2
+        found = pod(f"engine-{process.pid}", stage=stage, node=f"gpu-{index}")
+        found["metadata"]["creationTimestamp"] = f"{self.fleet.started[index]:.3f}"
+        return found
+
+    def take(self, name: str) -> None:
+        for process in self.fleet.processes:
+            if name == f"engine-{process.pid}":
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def fake_cluster(folder: Path) -> Iterator[tuple[FakeKubernetes, list[Any]]]:
+    """A fake cluster whose replicas are real processes, and the options by which `stress drills` finds it."""
+    with FakeFleet(folder, ttft_ms=20, itl_ms=10, adapters_seconds=0.4) as fleet, FakeKubernetes(folder) as world:
+        pods = Pods(fleet)
+        world.pods = {"serving": pods, "tuning": list}
+        world.nodes = {f"gpu-{index}": {"spec": {}} for index in range(2)}
+        world.taken = lambda _, name: pods.take(name)
+        options = [
+            "--target",
+            read_json(fleet.file)["router"],
+            "--namespace",
+            "serving",
+            "--tuning-namespace",
+            "tuning",
+        ]
+        yield world, [*options, "--api-server", world.url, "--account", world.account, "--out", folder / "out"]
+
+
+def drill_settings(folder: Path, *scenarios: str, **bounds: float) -> list[Any]:
+    load = {"models": ["a", "b"], "users": 6, "ramp_seconds": 0.3, "duration_seconds": 1.5, "prompt_tokens": 100}
+    value = {"load": load, "scenarios": scenarios, "before_seconds": 1.5, "after_seconds": 0.5}
+    value["bounds"] = {"recovery_seconds": 20, "moved_seconds": 20, **bounds}
+    write_json(folder / "drills.json", value)
+    data = write_dataset(folder / "data.jsonl")
+    return ["--settings", folder / "drills.json", "--dataset", data, "--wait-seconds", 20]
+
+
+def test_in_a_cluster_each_drill_is_judged_and_reported(tmp_path: Path) -> None:
+    scenarios = ("long-prompts", "replica-loss", "node-drain", "outage", "tuning-eviction")
+    settings = drill_settings(tmp_path, *scenarios, lost_requests=1000, short_p95_ratio=100)
+    tuners = [tuner("tune-1")]
+    with fake_cluster(tmp_path) as (world, options):
+        take = world.taken
+
+        def taken(namespace: str, name: str) -> None:
+            if namespace == "serving":
+                return take(namespace, name)
+            world.logs["tune-2"] = "resuming at step 40 of 90\n"
+            tuners[:] = [tuner("tune-2")]
+            return None
+
+        world.taken, world.pods["tuning"] = taken, lambda: tuners
+        world.logs["tune-1"] = "step 42/90  loss 1.5\n"
+        done = stress("drills", *settings, *options)
+        assert all(not node["spec"].get("unschedulable") for node in world.nodes.values())
+        patches = [body["spec"]["unschedulable"] for method, _, body in world.asked if method == "PATCH"]
+    assert done.returncode == 3, done.stderr  # two steps are made again, and none was allowed
+    assert patches == [True, None]
+    drills = tmp_path / "out" / "drills"
+    loss, drain, outage, tuning = (
+        read_json(drills / f"{name}.json") for name in ("replica-loss", "node-drain", "outage", "tuning-eviction")
+    )
+    for found in (loss, drain, outage):
+        assert 0.4 < found["recovery_seconds"] < 15 and [bound["held"] for bound in found["bounds"]][-1] is True
+    assert loss["how"].startswith("Deletion") and loss["failed_streams"] >= 1
+    assert drain["node"].startswith("gpu-") and len(drain["killed"]) == 1
+    names = [event["name"] for event in drain["events"]]
+    assert [name for name in names if "cordon" in name] == [
+        f"node {drain['node']} cordoned",
+        f"node {drain['node']} uncordoned",
+    ]
+    assert sum(outage["phases"].values()) == pytest.approx(outage["recovery_seconds"], abs=0.01)
+    assert (tuning["evicted_at_step"], tuning["resumed_at_step"], tuning["lost_steps"]) == (42, 40, 2)
+    assert {bound["name"]: bound["held"] for bound in tuning["bounds"]} == {
+        "recovery_seconds": True,
+        "lost_steps": False,
+    }
+    made = stress("report", tmp_path / "out")
+    assert made.returncode == 0 and "Not held: tuning eviction" in made.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Drain of node gpu-" in page and "Eviction of tune-1 at step 42" in page and 'id="stress"' not in page
+    report = read_json(tmp_path / "out" / "report.json")
+    assert set(report["drills"]) == {"long_prompts", "replica_loss", "node_drain", "outage", "tuning_eviction"}
+    assert report["verdict"]["text"] == "4 of 5 drills held their bounds" and report["absent"] == {}
+
+
+def test_with_nothing_to_evict_the_drill_has_not_passed_and_blob_has_the_report(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "tuning-eviction")
+    account = FakeAccount()
+    env = {"DRYDOCK_BLOB_ENDPOINT": f"{account.url}/account", "AZURE_STORAGE_KEY": KEY}
+    try:
+        with fake_cluster(tmp_path) as (_, options):
+            push = ["--push", "az://account/box/reports/drills/7"]
+            done = stress("drills", *settings, *options, *push, env={**os.environ, **env})
+    finally:
+        account.close()
+    assert done.returncode == 1, done.stderr
+    assert "nothing to evict: no pod in tuning tunes at present" in done.stderr
+    found = read_json(tmp_path / "out" / "drills" / "tuning-eviction.json")
+    assert found["failure"] and not any(bound["held"] for bound in found["bounds"])
+    assert {"report.html", "report.json", "drills/tuning-eviction.json"} <= {
+        name.removeprefix("reports/drills/7/") for name in account.blobs
+    }
+    report = json.loads(account.blobs["reports/drills/7/report.json"][0])
+    assert report["verdict"]["status"] == "not_held" and "nothing to evict" in report["verdict"]["notes"][0]
+
+
+def test_a_tuning_pod_that_ends_by_itself_is_not_waited_for(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "tuning-eviction")
+    with fake_cluster(tmp_path) as (world, options):
+        looks = itertools.count()
+        world.pods["tuning"] = lambda: [tuner("tune-1")] if next(looks) < 2 else []
+        done = stress("drills", *settings, *options)
+    assert done.returncode == 1 and "tune-1 ended, or was taken away, before it told a step" in done.stderr
+
+
+def test_nothing_is_broken_while_a_model_does_not_answer(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "replica-loss")[:-1]
+    load = read_json(tmp_path / "drills.json")
+    write_json(tmp_path / "drills.json", load | {"load": load["load"] | {"models": ["a", "nobody"]}})
+    with fake_cluster(tmp_path) as (world, options):
+        done = stress("drills", *settings, 1, *options)
+    assert done.returncode == 1
+    assert "nothing was broken: not all models answered" in done.stderr and "nobody: status 404" in done.stderr
+    assert world.asked == []
+
+
+def test_a_drill_that_is_ended_uncordons_its_node(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "node-drain")
+    with fake_cluster(tmp_path) as (world, options):
+        (first,) = [item["metadata"]["name"] for item in world.pods["serving"]() if item["spec"]["nodeName"] == "gpu-0"]
+        world.forbidden = {first: 1000}  # the disruption budget keeps the drain waiting
+        command = [sys.executable, "-m", "stress", "drills", *map(str, [*settings, *options])]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr
+            while "cordoned" not in process.stderr.readline():
+                assert process.poll() is None
+            assert world.nodes["gpu-0"]["spec"]["unschedulable"] is True
+            process.terminate()
+            assert process.wait(20) == 143
+        assert not world.nodes["gpu-0"]["spec"]["unschedulable"]

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from infra.settings import Serving
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, deploy
 from workloads.metrics import SIDECAR_PORT, Metrics, MetricsArgs, scrape_config, scraped
-from workloads.scaling import HPA_LONGEST_PERIOD, HPA_LONGEST_WINDOW, Scaling, ScalingArgs, asked, behavior
+from workloads.scaling import HPA_LONGEST_WINDOW, Scaling, ScalingArgs, asked, behavior, start_seconds
 
 PARAMETERS = 8_030_261_248
 
@@ -55,17 +56,27 @@ def test_it_signs_in_as_kedas_identity() -> None:
         assert all(isinstance(value, str) for value in trigger["metadata"].values())  # KEDA takes texts alone
 
 
-def test_the_queue_adds_replicas_and_running_requests_keep_them() -> None:
+def test_queue_slots_and_cache_each_want_replicas() -> None:
     found = triggers(declared())
-    assert set(found) == {"waiting", "running"}
-    assert found["waiting"]["metadata"]["threshold"] == "7"
-    assert found["running"]["metadata"]["threshold"] == "48"
-    assert "vllm:num_requests_waiting{" in found["waiting"]["metadata"]["query"]
+    assert set(found) == {"waiting", "running", "kv-cache"}
+    thresholds = {name: trigger["metadata"]["threshold"] for name, trigger in found.items()}
+    # Of one replica: the setting, and four fifths of its 48 slots and of its cache.
+    assert thresholds == {"waiting": "7", "running": "38.4", "kv-cache": "0.8"}
+    for name, metric in (("running", "num_requests_running"), ("kv-cache", "kv_cache_usage_perc")):
+        assert found[name]["metadata"]["query"].startswith(f"sum(vllm:{metric}{{")
+    # ceil(sum / threshold), whatever is ready: with Value, ready replicas times average / threshold.
+    assert all("metricType" not in trigger for trigger in found.values())
+
+
+def test_a_queue_asks_for_half_as_many_more_than_answer() -> None:
+    query = triggers(declared())["waiting"]["metadata"]["query"]
+    queue = 'vllm:num_requests_waiting{kubernetes_namespace="drydock-serving"}'
+    assert query == f"clamp_max(sum({queue}), 10.5 * scalar(count({queue})))"  # 1.5 x 7 for each that answers
 
 
 def test_a_missing_metric_scales_nothing_down_where_replicas_are_always_there() -> None:
     for low, ignored in ((1, "false"), (0, "true")):
-        for name in ("waiting", "running"):
+        for name in ("waiting", "running", "kv-cache"):
             assert triggers(declared(low))[name]["metadata"]["ignoreNullValues"] == ignored
 
 
@@ -89,17 +100,22 @@ def test_queries_use_the_labels_that_the_scrape_gives(low: int) -> None:
 
 
 def test_the_pace_follows_the_models_start() -> None:
-    small, large = behavior(1_000_000_000), behavior(70_553_706_496)
-    for found in (small, large):
-        assert {policy["type"]: policy["value"] for policy in found["scaleUp"]["policies"]} == {
-            "Percent": 100,
-            "Pods": 1,
-        }
-        assert all(60 < policy["periodSeconds"] <= HPA_LONGEST_PERIOD for policy in found["scaleUp"]["policies"])
-        assert 600 < found["scaleDown"]["stabilizationWindowSeconds"] <= HPA_LONGEST_WINDOW
-    windows = [found["scaleDown"]["stabilizationWindowSeconds"] for found in (small, large)]
-    assert windows == [1220, 2612]  # 600 s for a node, 600 s to compile, 2 bytes a parameter at 100 MB/s
-    assert scaled(declared())["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]["policies"]
+    small, large = 1_000_000_000, 70_553_706_496
+    assert [start_seconds(each) for each in (small, large)] == [1220, 2612]
+    # 600 s for a node, 600 s to compile, 2 bytes a parameter at 100 MB/s
+    windows = [behavior(each)["scaleDown"]["stabilizationWindowSeconds"] for each in (small, large)]
+    assert windows == [1830, HPA_LONGEST_WINDOW]
+    assert behavior(small)["scaleUp"]["stabilizationWindowSeconds"] < 120
+    assert scaled(declared())["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == behavior(PARAMETERS)
+    # What one request woke is there for longer than it takes to come.
+    assert scaled(declared(0))["cooldownPeriod"] >= start_seconds(PARAMETERS)
+
+
+@pytest.mark.parametrize("low", [0, 1, 2])
+def test_what_customers_depend_on_has_three_replicas(low: int) -> None:
+    with pytest.raises(ValidationError, match=f"min_replicas = {low} .* raise it to 3"):
+        Serving(pool="a100", min_replicas=low, max_replicas=4, customer_facing=True)
+    assert Serving(pool="a100", min_replicas=3, max_replicas=4, customer_facing=True).min_replicas == 3
 
 
 @cache
@@ -114,6 +130,7 @@ def test_prometheus_reads_annotated_pods_of_our_namespaces() -> None:
     data = maps["ama-metrics-settings-configmap"]["data"]
     assert data["schema-version"] == "v1" and len(data["config-version"]) <= 10
     assert data["pod-annotation-based-scraping"] == 'podannotationnamespaceregex = "drydock-tuning|drydock-serving"'
+    assert data["default-targets-metrics-keep-list"] == 'kubestate = "kube_job_status_failed"'
     assert scraped(8000) == {
         "prometheus.io/scrape": "true", "prometheus.io/path": "/metrics", "prometheus.io/port": "8000",
     }  # fmt: skip

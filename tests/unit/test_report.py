@@ -341,7 +341,7 @@ def test_has_every_key_of_the_contract(promoted: Path) -> None:
     assert [path for path in paths if report.get(found, path) is None] == []
     assert found["dataset"]["examples"] == 2400  # the main adapter's, not the first or last one's
     assert found["adapters"]["triage"]["dataset"]["examples"] == 700
-    assert found["drills"]["long_prompts"]["bound"]["held"] is True
+    assert [bound["held"] for bound in found["drills"]["long_prompts"]["bounds"]] == [True]
     assert found["verdict"]["status"] == "promoted"
     assert "samples" not in found["evaluation"]
     assert found["absent"] == {}  # all is measured
@@ -557,7 +557,7 @@ def test_odd_values_from_other_versions_do_not_cost_the_report(tmp_path: Path, o
             "events",
             "versions",
             "failures_by_reason",
-            "bound",
+            "bounds",
             "absent",
             "failure",
             "long_share",

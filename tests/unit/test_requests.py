@@ -26,7 +26,7 @@ from serving.spec import Tier
 CONTEXT = 4096
 
 
-def refused(route: str = CHAT, limits: Tier | None = None, **fields: Any) -> Refusal | None:
+def refused(route: str = CHAT, limits: Any = None, **fields: Any) -> Refusal | None:
     try:
         check({"model": "m"} | fields, route, limits or Tier(), CONTEXT)
     except Refusal as refusal:
@@ -93,7 +93,13 @@ def test_fields_that_nobody_looked_at_are_closed(route: str, field: str) -> None
 
 
 def test_defaults_of_closed_fields_ask_for_nothing_and_go_no_further() -> None:
-    request = {"model": "m", "prompt_logprobs": None, "use_beam_search": False, "documents": [], "vllm_xargs": {}}
+    request: dict[str, Any] = {
+        "model": "m",
+        "prompt_logprobs": None,
+        "use_beam_search": False,
+        "documents": [],
+        "vllm_xargs": {},
+    }
     check(request, CHAT, Tier(), CONTEXT)
     assert request == {"model": "m"}
     # Whatever goes through vllm-router 0.1.17 comes with these (tests/contract/test_router.py).
