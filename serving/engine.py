@@ -32,6 +32,9 @@ def vllm_command(
     command += ["--enable-lora", "--max-lora-rank", str(vllm_lora_rank(spec.max_lora_rank))]
     # While versions change, old and new of one adapter answer side by side: one slot more than adapters.
     command += ["--max-loras", str(slots + 1), "--max-cpu-loras", str(2 * slots + 1)]
+    # By default one long prompt takes a whole step, for which all others wait. vLLM takes no more than the context.
+    command += ["--long-prefill-token-threshold", str(min(spec.long_prefill_tokens, spec.max_model_len))]
+    command += ["--long-prefill-token-threshold-adaptive"]
     # vLLM's default of 0 cuts every running stream at SIGTERM.
     command += ["--shutdown-timeout", str(spec.shutdown_timeout_seconds)]
     # Liveness and metrics are asked every few seconds; as log lines they would bury the requests.

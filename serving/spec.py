@@ -46,6 +46,11 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Of weights and compute.")
     max_model_len: int = Field(4096, ge=16, description="Context: tokens of prompt and answer together.")
     max_num_seqs: int = Field(64, ge=1, description="Requests computed at once; more wait.")
+    long_prefill_tokens: int = Field(
+        512,
+        ge=16,
+        description="Of a longer prompt so many tokens, or a fair share of a step, are computed at once beside others.",
+    )
     gpu_memory_utilization: float = Field(0.90, gt=0, lt=1, description="Share of the GPU's memory vLLM may take.")
     max_request_kib: int = Field(1024, ge=1, description="Size of a request body beyond which the answer is 413.")
     shutdown_timeout_seconds: int = Field(45, ge=0, description="For running requests to end after SIGTERM.")

@@ -279,3 +279,11 @@ def test_waiting_ends_with_the_answer_the_end_of_the_process_or_the_time(server:
     timer.start()
     assert 0.05 < wait_until_ok(f"{url(server)}/health", timeout_seconds=30) < 20
     timer.join()
+
+
+@pytest.mark.parametrize(("context", "given"), [(8192, "512"), (256, "256")])
+def test_a_long_prompt_is_computed_in_parts_no_longer_than_the_context(context: int, given: str) -> None:
+    spec = ServingSpec(base_model="b", store="s", max_model_len=context)
+    command = vllm_command(spec, host="127.0.0.1", port=8000)
+    assert command[command.index("--long-prefill-token-threshold") + 1] == given
+    assert "--long-prefill-token-threshold-adaptive" in command
