@@ -7,6 +7,7 @@ READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 TUNING_TESTS = $(BIN)/python -m pytest tests/tuning -q -n 2 --dist loadfile
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
+CONTRACT_TESTS = $(BIN)/python -m pytest tests/contract -n 2 --dist loadgroup
 DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
 .PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning bench-serving fuzz images preview up destroy render dashboards clean
@@ -21,7 +22,7 @@ test: setup registry azurite lint  ## everything that must hold: lint, types, un
 	$(UNIT)
 	$(TUNING_TESTS)
 	$(STACK_TESTS)
-	$(BIN)/python -m pytest tests/contract
+	$(CONTRACT_TESTS)
 	@if [ "$(ENGINE)" = no ]; then :; elif $(BIN)/python -m localcloud.tools --check >/dev/null 2>&1; then $(MAKE) engine; \
 	  else echo "left out: the tests on the real Pulumi engine, whose tools take some 20 minutes to build once: make engine"; fi
 
@@ -35,7 +36,7 @@ stack: setup  ## the tests of the Pulumi program and its parts, under mocks
 	$(STACK_TESTS)
 
 contract: setup registry azurite  ## the tests with real parts alone: vLLM, router, registry
-	$(BIN)/python -m pytest tests/contract
+	$(CONTRACT_TESTS)
 
 engine: setup azurite tools live  ## the stack on the real Pulumi engine and Kubernetes, Azure simulated; as root, pods that run
 	DRYDOCK_ENGINE=required $(BIN)/python -m pytest tests/engine tests/local -n 2 --dist loadfile

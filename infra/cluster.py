@@ -194,6 +194,9 @@ class Cluster(pulumi.ComponentResource):
                 upgrade_channel="patch",  # the minor version is a setting, and stays what it says
                 node_os_upgrade_channel="NodeImage",  # weekly images, with the GPU driver that belongs to them
             ),
+            ai_toolchain_operator_profile=containerservice.ManagedClusterAIToolchainOperatorProfileArgs(enabled=True)
+            if place.kaito
+            else None,
             workload_auto_scaler_profile=containerservice.ManagedClusterWorkloadAutoScalerProfileArgs(
                 keda=containerservice.ManagedClusterWorkloadAutoScalerProfileKedaArgs(enabled=True)
             ),

@@ -23,6 +23,7 @@ class Place:
     admin_type: str  # "Group", "User" or "ServicePrincipal"
     protect: bool  # whether what holds data refuses to be deleted
     private: bool  # whether registry, storage and API server answer inside the virtual network alone
+    kaito: bool = False  # whether the cluster has AKS's AI toolchain operator
 
     def role(self, guid: str) -> pulumi.Output[str]:
         """The resource ID of the built-in role with this GUID (`infra.roles`)."""

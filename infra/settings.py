@@ -14,9 +14,21 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 
 from common.settings import Settings, SettingsError, explain, key_lines
 from infra.catalog import MODELS, SKUS, Architecture, Sku, sku
+from infra.kaito import refusals
 from serving.spec import STANDARD, EngineSettings, Tier, TierName
 from stress.scenarios import HURTING, Bounds, Scenarios
-from stress.spec import MODELS_WORDS, DurationSeconds, LoadSettings, LoadSpec, Models, RampSeconds, Slo, Users
+from stress.spec import (
+    CLIENTS_WORDS,
+    MODELS_WORDS,
+    Clients,
+    DurationSeconds,
+    LoadSettings,
+    LoadSpec,
+    Models,
+    RampSeconds,
+    Slo,
+    Users,
+)
 from training.spec import AdapterName, TuningSettings
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +46,7 @@ Cidr = Annotated[str, AfterValidator(_cidr)]
 Zone = Literal["1", "2", "3"]
 VmSize = Annotated[str, Field(pattern="^Standard_[A-Za-z0-9_-]+$")]
 UsdPerHour = Annotated[float, Field(gt=0, le=10_000)]
+ImageByDigest = Annotated[str, Field(pattern="^[^\\s@/]+/[^\\s@]+@sha256:[0-9a-f]{64}$")]
 PoolName = Annotated[str, Field(pattern="^[a-z][a-z0-9]{0,7}$")]
 """Lower-case letters and digits, at most eight: AKS allows twelve, four are a hash."""
 
@@ -201,12 +214,33 @@ class Tuning(Settings):
     retries: int = Field(3, ge=0, le=20, description="New pods after a failure; evictions do not count.")
 
 
+class Kaito(Settings):
+    """What KAITO must be told beyond the same specs: where adapters are, which it takes from container images alone."""
+
+    adapter_images: dict[AdapterName, ImageByDigest | None] = Field(
+        default_factory=dict,
+        description="Of each adapter, an image whose /data holds its PEFT files, by digest; null: not served yet.",
+    )
+    pull_secret: str | None = Field(
+        None,
+        pattern="^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$",
+        description="Secret of namespace drydock-kaito with which these images are pulled: KAITO uses no identity.",
+    )
+    unproven_adapters: bool = Field(
+        False, description="Said aloud: adapters are served without evaluation gate and parity check."
+    )
+
+
 CUSTOMER_FACING_REPLICAS = 3
 
 
 class Serving(EngineSettings):
     """The replicas: how many, where, and what each may take."""
 
+    runtime: Literal["direct", "kaito"] = Field(
+        "direct", description="Who runs them: this stack, or the managed KAITO of AKS (docs/kaito.md: the difference)."
+    )
+    kaito: Kaito = Field(default_factory=Kaito, description="For runtime: kaito alone.")
     pool: PoolName = Field(description="GPU pool, a key of `pools`.")
     min_replicas: int = Field(
         2, ge=0, le=100, description="0 lets the pool sleep: the next request wakes it, and gets 503 until then."
@@ -272,6 +306,13 @@ class Stress(Run):
     users: Users = 100
     ramp_seconds: RampSeconds = 60
     duration_seconds: DurationSeconds = 600
+    clients: Clients | None = Field(None, description=f"{CLIENTS_WORDS}; instead of client, for figures by tier")
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Stress:
+        if self.client and self.clients:
+            raise ValueError(f"client is {self.client}, but clients is given as well: leave one of them out")
+        return self
 
 
 class Drills(Run):
@@ -375,13 +416,24 @@ class Environment(Settings):
 
     @property
     def served(self) -> tuple[str, ...]:
-        """What clients put into `model`: the base and every adapter."""
-        return (self.base.served_name, *self.adapters)
+        """What clients put into `model`: the base and every adapter; of these, KAITO has those with an image."""
+        images = self.serving.kaito.adapter_images
+        return (
+            self.base.served_name,
+            *(name for name in self.adapters if self.serving.runtime == "direct" or images.get(name)),
+        )
 
     @property
     def stress_key(self) -> SecretStr | None:
         """The API key with which the stress test asks; None where the settings do not say which, or have none."""
         return self.key_of(self.stress)
+
+    @property
+    def stress_spec(self) -> LoadSpec:
+        """The load of the stress test, with the tiers of its clients."""
+        clients = self.stress.clients
+        tiers = {client: self.tier_of(client)[0] for client in clients} if clients else None
+        return self.stress.spec(self.served).model_copy(update={"clients": clients, "tiers": tiers})
 
     def key_of(self, run: Run) -> SecretStr | None:
         """The API key with which a load asks; None where the settings do not say which, or have none."""
@@ -531,6 +583,10 @@ def inconsistencies(env: Environment) -> list[str]:
     if env.cluster.tier == "Free" and env.serving.min_replicas >= 3:
         found.append("cluster.tier: Free has no SLA and a weak control plane: set Standard for three replicas or more")
     found += _tiers(env)
+    if env.serving.runtime == "kaito":
+        found += refusals(env)
+    elif env.serving.kaito != Kaito():
+        found.append("serving.kaito: counts with serving.runtime: kaito alone: set that, or remove this")
     found += _load(env, "stress", env.stress) if env.stress.run else ()
     return [*found, *(_drills(env) if env.drills.run else ())]
 
@@ -595,10 +651,16 @@ def _load(env: Environment, name: str, run: Run) -> Iterator[str]:
         )
     elif run.client and run.client not in env.api_keys:
         yield f"{name}.client: {run.client} is not among the api_keys ({clients})"
+    elif isinstance(run, Stress) and run.clients:
+        for client in run.clients:
+            if client in env.api_keys:
+                yield from _load_tier(env, f"{name}.clients", client, run)
+            else:
+                yield f"{name}.clients: {client} is not among the api_keys ({clients})"
     elif env.key_of(run) is None:
         yield f"{name}.client: required with several api_keys: one of {clients}"
     else:
-        yield from _load_tier(env, name, run)
+        yield from _load_tier(env, f"{name}.client", run.client or next(iter(env.api_keys)), run)
     if not env.adapters:
         yield (
             f"{name}.run: its prompts come from the adapters' datasets, and there is no adapter: add one, or remove it"
@@ -614,12 +676,14 @@ def _load(env: Environment, name: str, run: Run) -> Iterator[str]:
         )
 
 
-def _load_tier(env: Environment, name: str, run: Run) -> Iterator[str]:
+def _load_tier(env: Environment, setting: str, client: str, run: Run) -> Iterator[str]:
     """Where a load would measure how its own client is refused."""
-    client = run.client or next(iter(env.api_keys))
+    name = setting.partition(".")[0]
     tier_name, tier = env.tier_of(client)
-    where = f"{name}.client: {client} is in tier {tier_name}, whose"
-    if tier.concurrency is not None and tier.concurrency * env.serving.min_replicas < run.users:
+    where = f"{setting}: {client} is in tier {tier_name}, whose"
+    # Of several clients some are meant to be refused, and at a rate nobody knows how many are answered at once.
+    alone = run.arrivals == "closed" and not (isinstance(run, Stress) and run.clients)
+    if alone and tier.concurrency is not None and tier.concurrency * env.serving.min_replicas < run.users:
         yield (
             f"{where} concurrency of {tier.concurrency} on each of {env.serving.min_replicas} replicas is below "
             f"{name}.users = {run.users}: ask with another client, or with fewer users"

@@ -21,12 +21,13 @@ from pydantic import BaseModel, ValidationError
 from common import exits
 from common.settings import SettingsError, explain, load_settings
 from stress import cluster
-from stress.client import check_target
+from stress.client import api_keys, check_target
 from stress.scenarios import DrillSpec
 from stress.spec import LoadSpec
 
 EPILOG = f"""
 examples   python -m stress run --target http://127.0.0.1:8000 --dataset data.jsonl --out out --models kubectl triage
+           ... --arrivals poisson --requests-per-second 5 --clients team=3 batch=1    # keys in DRYDOCK_API_KEYS
            python -m stress drill replica-loss --dataset data.jsonl --out out --models kubectl --timeout-seconds 300
            python -m stress report out
            in a pod with the rights for it: python -m stress drills --settings drills.json --target http://drydock ...
@@ -38,6 +39,9 @@ exit codes {exits.OK} measured    {exits.FAILED} not measured (the reason is pri
 """
 
 SCALARS: dict[str, type] = {
+    "arrivals": str,
+    "requests_per_second": float,
+    "max_in_flight": int,
     "users": int,
     "ramp_seconds": float,
     "duration_seconds": float,
@@ -66,6 +70,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("load")
     load.add_argument("--models", nargs="+", metavar="ALIAS[=WEIGHT]", help=LoadSpec.model_fields["models"].description)
+    load.add_argument(
+        "--clients", nargs="+", metavar="NAME[=WEIGHT]", help=LoadSpec.model_fields["clients"].description
+    )
     for name, kind in SCALARS.items():
         field = LoadSpec.model_fields[name]
         shown = "" if field.default is None else f" [{field.default}]"
@@ -74,7 +81,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _models(items: Sequence[str]) -> dict[str, Any] | list[str]:
+def _weights(items: Sequence[str]) -> dict[str, Any] | list[str]:
     """`["a=3", "b"]` as weights."""
     weights: dict[str, Any] = {}
     for item in items:
@@ -89,7 +96,9 @@ def load_spec(arguments: argparse.Namespace) -> LoadSpec:
     """The spec from the settings file and the options. Raises `SettingsError` with every problem."""
     given = {name: getattr(arguments, name) for name in SCALARS if getattr(arguments, name) is not None}
     if arguments.models:
-        given["models"] = _models(arguments.models)
+        given["models"] = _weights(arguments.models)
+    if arguments.clients:
+        given["clients"] = _weights(arguments.clients)
     if arguments.settings:
         return load_settings(arguments.settings, LoadSpec, **given)
     try:
@@ -188,6 +197,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     spec = load_spec(arguments)
     check_target(arguments.target, arguments.allow_remote)
+    keys = api_keys(spec.clients or ())
     rows = read_rows(arguments.dataset)
     folder = arguments.folder or arguments.out / "stress" / arguments.scenario
     place = None
@@ -202,6 +212,7 @@ def _run(arguments: argparse.Namespace) -> int:
         spec,
         rows,
         folder,
+        keys=keys,
         wait_seconds=arguments.wait_seconds,
         follow_parent=arguments.follow_parent,
         open_ended=arguments.open_ended,

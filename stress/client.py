@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -22,15 +22,20 @@ from urllib.parse import SplitResult, urlsplit
 from common.chat import Message
 from common.settings import SettingsError
 
+SURE_TIMES = 6
+"""Good answers in a row after which a model counts as served by all replicas, whichever of them is asked."""
+
 
 @dataclass
 class Record:
     """One request as it goes to requests.jsonl. `None` is "not known", never zero.
 
-    started_at: unix seconds. ttft_ms: from sending to the first chunk that carries text (a chunk with only the role
-    does not count); streamed requests only. itl_ms: gaps between consecutive chunks that carry text. latency_ms: to
-    the end of the answer or to the failure. prompt_tokens, completion_tokens: the server's own usage. status: HTTP
-    status, if one came. error: a short reason for counting; error_detail: what the server or system said.
+    started_at: unix seconds; of an open loop, when the request was due. late_ms: how long after that it was sent, open
+    loops only. ttft_ms: from started_at to the first chunk that carries text (a chunk with only the role does not
+    count); streamed requests only. itl_ms: gaps between consecutive chunks that carry text. latency_ms: from started_at
+    to the end of the answer or to the failure. prompt_tokens, completion_tokens: the server's own usage. status: HTTP
+    status, if one came. retry_after_seconds: from that header. error: a short reason for counting; error_detail: what
+    the server or system said.
     """
 
     started_at: float
@@ -45,12 +50,14 @@ class Record:
     status: int | None = None
     error: str | None = None
     error_detail: str | None = None
+    client: str | None = None
+    late_ms: float | None = None
+    retry_after_seconds: float | None = None
 
     def as_json(self) -> str:
-        """One line of JSON; `error_detail` only where there is one."""
-        values = asdict(self)
-        if self.error_detail is None:
-            del values["error_detail"]
+        """One line of JSON; what few requests have only where there is one."""
+        rare = ("error_detail", "client", "late_ms", "retry_after_seconds")
+        values = {name: value for name, value in asdict(self).items() if value is not None or name not in rare}
         return json.dumps(values, ensure_ascii=False)
 
 
@@ -92,6 +99,19 @@ def check_target(url: str, allow_remote: bool) -> None:
     except ValueError as error:
         raise SettingsError([f"target: {error}"]) from None
     raise SettingsError([f"target: {url} is not this machine; give --allow-remote if you may load that server"])
+
+
+def api_keys(clients: Collection[str]) -> dict[str, str]:
+    """The keys of `clients` from DRYDOCK_API_KEYS. Raises `SettingsError` naming every client without one."""
+    try:
+        found = json.loads(os.environ.get("DRYDOCK_API_KEYS") or "{}")
+    except ValueError:
+        found = None  # what is in it must not be told
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found.values()):
+        raise SettingsError(['DRYDOCK_API_KEYS: not JSON such as {"team-a": "KEY"}'])
+    if missing := [name for name in clients if not found.get(name)]:
+        raise SettingsError([f"clients: {', '.join(missing)}: no key of that name in DRYDOCK_API_KEYS"])
+    return {name: found[name] for name in clients}
 
 
 def connect(url: str, timeout_seconds: float) -> http.client.HTTPConnection:
@@ -209,9 +229,17 @@ def ask(
     max_tokens: int,
     timeout_seconds: float,
     prompt: str = "normal",
+    client: str | None = None,
+    key: str | None = None,
+    due: float | None = None,
 ) -> Record:
     """Send one chat completion to `target` (the server's root or its /v1) and return its record; never raises for
-    what the server or network does. `DRYDOCK_API_KEY`, if set, is sent as the bearer token."""
+    what the server or network does. `key`, or else `DRYDOCK_API_KEY`, if set, is sent as the bearer token.
+
+    `due` (`time.perf_counter()`, not after now): all times but the timeout count from then. A request that had to wait
+    here has kept its person waiting as well; counted from sending, the waiting would be left out ("coordinated
+    omission").
+    """
     body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": stream}
     if stream:
         body["stream_options"] = {"include_usage": True}
@@ -220,21 +248,26 @@ def ask(
         "Accept": "text/event-stream" if stream else "application/json",
         "Connection": "close",
     }
-    if key := os.environ.get("DRYDOCK_API_KEY"):
+    if key := key or os.environ.get("DRYDOCK_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     path = urlsplit(target).path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    record = Record(started_at=time.time(), model=model, stream=stream, prompt=prompt)
+    record = Record(started_at=time.time(), model=model, stream=stream, prompt=prompt, client=client)
     connection = connect(target, timeout_seconds)
-    started = time.perf_counter()
+    started = sent = time.perf_counter()
+    if due is not None:
+        started = due
+        record.started_at -= sent - due
+        record.late_ms = round((sent - due) * 1000, 3)
     try:
         connection.request("POST", path, json.dumps(body).encode(), headers)
         response = connection.getresponse()
         record.status = response.status
         if response.status != 200:
+            record.retry_after_seconds = _seconds(response.headers.get("Retry-After"))
             text = response.read(4096).decode(errors="replace")
             raise AnswerError(f"status {response.status}", _server_said(text))
         if stream:
-            read_stream(iter(response.readline, b""), record, started, started + timeout_seconds)
+            read_stream(iter(response.readline, b""), record, started, sent + timeout_seconds)
         else:
             read_whole(response.read(), record)
     except AnswerError as failure:
@@ -253,6 +286,11 @@ def ask(
         record.latency_ms = round((time.perf_counter() - started) * 1000, 3)
         connection.close()
     return record
+
+
+def _seconds(header: str | None) -> float | None:
+    """Retry-After where it counts seconds (RFC 9110, 10.2.3); a date, which no server of ours sends, is not read."""
+    return float(header) if header and header.strip().isdecimal() else None
 
 
 def _server_said(text: str) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 from common import exits
 from common.files import read_json, read_jsonl, write_json, write_jsonl
 from stress import figures
-from stress.client import Record, ask, check_target
+from stress.client import SURE_TIMES, Record, ask, check_target
 from stress.cluster import Cluster, ClusterError
 from stress.fleet import FleetError
 from stress.prompts import PromptSource, Turns, read_rows
@@ -195,7 +195,7 @@ def _wait_answers(plan: Plan, seconds: float) -> None:
 
     def all_answer() -> bool:
         nonlocal shown
-        done = all(answers(number, model) for number, model in enumerate(plan.spec.models))
+        done = all(answers(number, model) for _ in range(SURE_TIMES) for number, model in enumerate(plan.spec.models))
         if not done and shown != (shown := why()):
             print(f"drills: waiting up to {seconds:g} s: {shown}", file=sys.stderr, flush=True)
         return done

@@ -5,9 +5,9 @@ Import this only after gevent patched the standard library (`stress.__main__` do
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -15,11 +15,15 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO
 
 import gevent
+from gevent.event import Event
+from gevent.pool import Group
 from locust import User, constant, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -27,13 +31,21 @@ from locust.exception import StopUser
 from common import exits
 from common.files import read_jsonl, write_json
 from stress import figures
-from stress.client import Record, ask
-from stress.prompts import PromptSource, Turns
+from stress.arrivals import Mix, due_seconds
+from stress.client import SURE_TIMES, Record, ask
+from stress.prompts import PromptSource
 from stress.spec import LoadSpec
 
 PROGRESS_SECONDS = 2.0
+SURE_POLL_SECONDS = 0.5
 WAIT_POLL_SECONDS, WAIT_LINE_SECONDS = 2.0, 30.0  # between two attempts of a load that waits, and between its log lines
 CALIBRATION_CHARACTERS = 256  # short enough for any context length, long enough to average over words
+SHOWN = (
+    *("requests", "failed", "shed", "rps", "goodput_rps", "goodput_share", "ttft_ms", "itl_ms", "tokens_per_second"),
+    "late_ms",
+)
+LATE_SHARE = 0.1  # of TTFT (else of latency), both p95: from there on an open loop measures this process as well
+LONGEST_RETRY_AFTER_SECONDS = 120.0  # as OpenAI's Python client; our replicas say a minute at most
 
 
 class TargetError(Exception):
@@ -44,28 +56,37 @@ class TargetError(Exception):
         self.lasting = lasting
 
 
-def preflight(target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float:
-    """Ask each alias for one token, and the first also with the longest prompt; return characters per token.
+def preflight(target: str, spec: LoadSpec, rows: list[dict[str, Any]], keys: Mapping[str, str]) -> float:
+    """Ask each alias for one token, as each client the first, which also gets the longest prompt; characters per token.
 
-    Finds a wrong alias, a dead server and a prompt beyond the context length before the clock starts. The factor is
-    measured on one short prompt, chat template included, unless the spec gives it. Raises `TargetError`.
+    Finds a wrong alias or key, a dead server and a prompt beyond the context length before the clock starts. The factor
+    is measured on one short prompt, chat template included, unless the spec gives it. Raises `TargetError`.
     """
     factor = spec.chars_per_token
+    clients: list[str | None] = list(keys) or [None]
+    first = next(iter(spec.models))
 
-    def one(model: str, source: PromptSource, number: int, tokens: int) -> tuple[int, Record]:
+    def one(model: str, client: str | None, source: PromptSource, number: int, tokens: int) -> tuple[int, Record]:
         messages = source.messages(number, tokens)
-        record = ask(target, model, messages, stream=False, max_tokens=1, timeout_seconds=spec.request_timeout_seconds)
+        record = ask(
+            target, model, messages, stream=False, max_tokens=1, timeout_seconds=spec.request_timeout_seconds,
+            client=client, key=keys[client] if client else None,
+        )  # fmt: skip
         # one token may well be the end of turn: an empty answer proves the path as well
         if record.error not in (None, "empty answer"):
             what = record.error + (f": {record.error_detail}" if record.error_detail else "")
+            whom = f" to client {client}" if client else ""
             raise TargetError(
-                f"{target} does not serve {model!r} with a prompt of about {tokens} tokens: {what}",
+                f"{target} does not serve {model!r}{whom} with a prompt of about {tokens} tokens: {what}",
                 lasting=record.status in (400, 413, 422),  # the request itself is refused
             )
         return sum(len(message["content"]) for message in messages), record
 
-    for number, model in enumerate(spec.models):
-        characters, record = one(model, PromptSource(rows, spec.seed, 1.0), -1 - number, CALIBRATION_CHARACTERS)
+    short = PromptSource(rows, spec.seed, 1.0)
+    for number, (model, client) in enumerate(
+        [*((model, clients[0]) for model in spec.models), *((first, client) for client in clients[1:])]
+    ):
+        characters, record = one(model, client, short, -1 - number, CALIBRATION_CHARACTERS)
         if factor is None:
             if not record.prompt_tokens:
                 raise TargetError(
@@ -74,71 +95,181 @@ def preflight(target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float:
             factor = characters / record.prompt_tokens
     assert factor is not None
     longest = spec.prompt_tokens * (spec.long_multiplier if spec.long_share else 1)
-    one(next(iter(spec.models)), PromptSource(rows, spec.seed, factor), -100, longest)
+    source = PromptSource(rows, spec.seed, factor)
+    for number, client in enumerate(clients):  # the tier of each has its own limits
+        one(first, client, source, -1000 - number, longest)
     return factor
 
 
 class Load:
-    """One run: its users, its records, its end."""
+    """One run: what it asks, its records, its end."""
 
-    def __init__(self, target: str, spec: LoadSpec, source: PromptSource, records: TextIO) -> None:
+    def __init__(
+        self, target: str, spec: LoadSpec, source: PromptSource, records: TextIO, keys: Mapping[str, str]
+    ) -> None:
         self.target = target
         self.spec = spec
         self.source = source
         self.records = records
-        self.turns = Turns(spec.models)
-        self.user_numbers = itertools.count()
-        self.sent = self.done = self.failed = 0
+        self.keys = keys
+        self.mix = Mix(spec)
+        self.sent = self.done = self.failed = self.shed = self.not_sent = 0
         self.recent: deque[tuple[float, bool, float | None]] = deque(maxlen=5000)  # ended, failed, ttft_ms
         self.end: str | None = None
+        self.ended = Event()
         self.exit_code: int | None = None
         self.window_start: float | None = None
 
-    def request(self, user: int) -> Record:
-        """Send the next request on behalf of `user`, and write its record."""
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not answered."""
+        return self.sent - self.done
+
+    def request(self, client: str | None, stream: bool) -> Record:
+        """Send the next request of `client`, whose model is the next in turn, and write its record."""
+        model = self.mix.model(client)
+        return self._send(client, model, stream, None)
+
+    def request_due(self, due: float) -> None:
+        """Send the next request of an open loop, or note that it cannot be sent; `due` is a `time.perf_counter()`."""
+        client = self.mix.client()
+        model = self.mix.model(client)
+        stream = self.mix.stream(client, model)
+        if self.in_flight < self.spec.max_in_flight:
+            self._send(client, model, stream, due)
+            return
+        self.not_sent += 1
+        at = time.time() - (time.perf_counter() - due)
+        self._note(Record(at, model, stream, error=figures.NOT_SENT, client=client))
+
+    def _send(self, client: str | None, model: str, stream: bool, due: float | None) -> Record:
         number, spec = self.sent, self.spec
         self.sent += 1
-        # spread by number, not by chance: any stretch of requests has the wanted share
-        long = int((number + 1) * spec.long_share) > int(number * spec.long_share)
-        stream = int((user + 1) * spec.stream_share) > int(user * spec.stream_share)
-        tokens = spec.prompt_tokens * (spec.long_multiplier if long else 1)
+        long = self.mix.long(client, model, stream)
         record = ask(
             self.target,
-            self.turns.next(),
-            self.source.messages(number, tokens),
+            model,
+            self.source.messages(number, spec.prompt_tokens * (spec.long_multiplier if long else 1)),
             stream=stream,
             max_tokens=spec.max_tokens,
             timeout_seconds=spec.request_timeout_seconds,
             prompt="long" if long else "normal",
+            client=client,
+            key=self.keys[client] if client else None,
+            due=due,
         )
+        self.done += 1
+        self._note(record)
+        return record
+
+    def _note(self, record: Record) -> None:
         self.records.write(record.as_json() + "\n")
         self.records.flush()
-        self.done += 1
-        self.failed += record.error is not None
+        refused = figures.shed(vars(record))
+        self.shed += refused
+        self.failed += record.error is not None and not refused
         self.recent.append((time.time(), record.error is not None, record.ttft_ms))
-        return record
 
     def stop(self, reason: str, exit_code: int | None = None) -> None:
         """End the run; the first reason counts, but a signal's exit code always does."""
         self.end = self.end or reason
         self.exit_code = exit_code or self.exit_code
+        self.ended.set()
+
+
+class Closed:
+    """Locust's users: each sends, waits for the answer, thinks, sends again."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        spec = load.spec
+        self.environment = Environment(user_classes=[_user_class(load)], stop_timeout=_drain_seconds(spec))
+        self.environment.events.user_error.add_listener(
+            lambda exception, **_: load.stop(f"a bug in the load itself: {exception!r}", exits.FAILED)
+        )
+        self.all_started = False
+        self.environment.events.spawning_complete.add_listener(self._started)
+        self.runner = self.environment.create_local_runner()
+
+    def _started(self, **_: Any) -> None:
+        self.all_started = True
+
+    def start(self) -> None:
+        """Start the users, evenly over the ramp."""
+        spec = self.load.spec
+        self.runner.start(spec.users, spawn_rate=spec.users / spec.ramp_seconds if spec.ramp_seconds else spec.users)
+
+    def stop(self) -> None:
+        """Wait for the requests under way."""
+        self.runner.stop()
+
+
+class Poisson:
+    """Requests at independent times: a greenlet for each, whatever became of the others."""
+
+    all_started = True
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self.requests: Group = Group()
+        self.sender = gevent.Greenlet(self._send_all)
+        self.sender.link_exception(self._broken)
+
+    def _send_all(self) -> None:
+        load, spec, began = self.load, self.load.spec, time.perf_counter()
+        for number, seconds in enumerate(due_seconds(_rate(spec), spec.ramp_seconds, spec.seed)):
+            due = began + seconds
+            if load.ended.wait(max(0.0, due - time.perf_counter())):
+                return
+            if number >= spec.max_requests:
+                load.stop(f"{spec.max_requests} requests were due")
+                return
+            request = gevent.Greenlet(load.request_due, due)
+            request.link_exception(self._broken)
+            self.requests.start(request)
+
+    def _broken(self, greenlet: gevent.Greenlet) -> None:
+        self.load.stop(f"a bug in the load itself: {greenlet.exception!r}", exits.FAILED)
+
+    def start(self) -> None:
+        """Start sending."""
+        self.sender.start()
+
+    def stop(self) -> None:
+        """Wait for the requests under way."""
+        self.sender.join()
+        self.requests.join(timeout=_drain_seconds(self.load.spec))
+        self.requests.kill()
+
+
+def _drain_seconds(spec: LoadSpec) -> float:
+    """For the requests under way: connecting and the answer have a timeout each."""
+    return spec.request_timeout_seconds * 2 + 5
+
+
+def _rate(spec: LoadSpec) -> float:
+    assert spec.requests_per_second is not None  # the spec has seen to it
+    return spec.requests_per_second
 
 
 def _user_class(load: Load) -> type[User]:
+    spec = load.spec
+
     class ChatUser(User):  # type: ignore[misc]
         """Sends, waits for the answer, thinks, sends again."""
 
-        wait_time = constant(load.spec.think_seconds)
+        wait_time = constant(spec.think_seconds)
 
         def on_start(self) -> None:
-            self.number = next(load.user_numbers)
+            self.client_name = load.mix.client()
+            self.stream = load.mix.stream(self.client_name)
 
         @task  # type: ignore[untyped-decorator]
         def chat(self) -> None:
-            if load.sent >= load.spec.max_requests:
-                load.stop(f"{load.spec.max_requests} requests sent")
+            if load.sent >= spec.max_requests:
+                load.stop(f"{spec.max_requests} requests sent")
                 raise StopUser
-            record = load.request(self.number)
+            record = load.request(self.client_name, self.stream)
             self.environment.events.request.fire(
                 request_type="chat",
                 name=record.model,
@@ -147,8 +278,9 @@ def _user_class(load: Load) -> type[User]:
                 exception=RuntimeError(record.error) if record.error else None,
                 context={},
             )
-            if record.error and load.end is None:
-                gevent.sleep(load.spec.failure_pause_seconds)
+            if record.error:
+                told = record.retry_after_seconds if figures.shed(vars(record)) else None
+                load.ended.wait(max(min(told or 0.0, LONGEST_RETRY_AFTER_SECONDS), spec.failure_pause_seconds))
 
     return ChatUser
 
@@ -159,13 +291,16 @@ def run(
     rows: list[dict[str, Any]],
     folder: Path,
     *,
+    keys: Mapping[str, str],
     wait_seconds: float = 0.0,
     follow_parent: bool = False,
     open_ended: bool = False,
 ) -> int:
     """Run the load, write `requests.jsonl` as it happens and `summary.json` at the end; return the exit code.
 
-    `wait_seconds` is for models that do not answer yet. Each bound of `spec.slo` is told; one not held is exit code 3.
+    `keys` are the API keys of `spec.clients`. `wait_seconds` is for models that do not answer yet. Each bound of
+    `spec.slo` is told; one not held is exit code 3.
+
     SIGUSR1 ends it as if the time were up (requests under way are awaited); SIGINT and SIGTERM end it at once, with
     130 and 143 and without a summary. With `follow_parent` it also ends when the process that started it is gone;
     `open_ended` only says that a SIGUSR1 is expected, so the time left is not foretold.
@@ -180,7 +315,7 @@ def run(
     gevent.signal_handler(signal.SIGTERM, interrupts.append, exits.TERMINATED)
     gevent.signal_handler(signal.SIGUSR1, early_end.append, 1)
 
-    check = gevent.spawn(_preflight_within, wait_seconds, target, spec, rows)
+    check = gevent.spawn(_preflight_within, wait_seconds, target, spec, rows, keys)
     while not check.ready():
         gevent.sleep(0.05)
         if interrupts:
@@ -193,17 +328,11 @@ def run(
 
     source = PromptSource(rows, spec.seed, check.value)
     with (folder / "requests.jsonl").open("w", encoding="utf-8") as file:
-        load = Load(target, spec, source, file)
+        load = Load(target, spec, source, file, keys)
         progress = Progress(load, open_ended)
-        environment = Environment(user_classes=[_user_class(load)], stop_timeout=spec.request_timeout_seconds * 2 + 5)
-        environment.events.user_error.add_listener(
-            lambda exception, **_: load.stop(f"a bug in the load itself: {exception!r}", exits.FAILED)
-        )
-        spawned: list[int] = []
-        environment.events.spawning_complete.add_listener(lambda user_count: spawned.append(user_count))
-        runner = environment.create_local_runner()
+        arrivals = Closed(load) if spec.arrivals == "closed" else Poisson(load)
         began = time.time()
-        runner.start(spec.users, spawn_rate=spec.users / spec.ramp_seconds if spec.ramp_seconds else spec.users)
+        arrivals.start()
         drain: gevent.Greenlet | None = None
         ended = began
         while drain is None or not drain.ready():
@@ -212,9 +341,12 @@ def run(
             if interrupts or (follow_parent and os.getppid() != parent):
                 code = interrupts[0] if interrupts else exits.TERMINATED
                 progress.close()
-                print(f"stress: stopped; {load.done} requests are in {file.name}, no summary", file=sys.stderr)
+                print(
+                    f"stress: stopped; {load.done + load.not_sent} requests are in {file.name}, no summary",
+                    file=sys.stderr,
+                )
                 return code
-            if load.window_start is None and spawned and now >= began + spec.ramp_seconds:
+            if load.window_start is None and arrivals.all_started and now >= began + spec.ramp_seconds:
                 load.window_start = now
             if load.window_start is not None and now >= load.window_start + spec.duration_seconds:
                 load.stop(f"{spec.duration_seconds:g} s are over")
@@ -222,7 +354,7 @@ def run(
                 load.stop("asked to end")
             if load.end and drain is None:
                 ended = now
-                drain = gevent.spawn(runner.stop)
+                drain = gevent.spawn(arrivals.stop)
             progress.tick(now)
         progress.close()
     if load.exit_code:
@@ -230,6 +362,12 @@ def run(
         return load.exit_code
     # stopped by count inside the ramp: there is no window, and the figures say so
     window = (load.window_start or ended, ended)
+    by: dict[str, Callable[[figures.Row], str]] = {"model": itemgetter("model")} if len(spec.models) > 1 else {}
+    if spec.clients:
+        by["client"] = itemgetter("client")
+    if tiers := spec.tiers:
+        by["tier"] = lambda row: tiers[row["client"]]
+    rows_read = read_jsonl(folder / "requests.jsonl")
     summary = {
         "scenario": folder.name,
         "target": target,
@@ -238,35 +376,74 @@ def run(
         "started_at": round(began, 3),
         "window": {"started_at": round(window[0], 3), "ended_at": round(window[1], 3), "excludes": "ramp"},
         "ended_because": load.end,
-        **figures.summary(read_jsonl(folder / "requests.jsonl"), window),
+        **figures.summary(rows_read, window, objectives=spec.slo.goodput.objectives, by=by),
         "percentiles": figures.PERCENTILES,
         "versions": {"locust": version("locust"), "python": platform.python_version()},
     }
+    if load.shed:
+        summary["retry_after_obeyed"] = spec.arrivals == "closed"
     bounds = figures.bounds(summary, spec.slo)
     if bounds:
         summary["bounds"] = bounds
     write_json(folder / "summary.json", summary)
     shown = {
         key: summary[key]
-        for key in ("requests", "failed", "rps", "ttft_ms", "itl_ms", "tokens_per_second")
+        for key in (
+            "requests",
+            "failed",
+            "shed",
+            "rps",
+            "goodput_rps",
+            "ttft_ms",
+            "itl_ms",
+            "tokens_per_second",
+            "late_ms",
+        )
         if key in summary
     }
     print(json.dumps(shown), flush=True)
-    if load.done == load.failed:
-        print(f"stress: no request succeeded: {summary['failures_by_reason']}", file=sys.stderr)
+    if load.not_sent:
+        print(
+            f"stress: {load.not_sent} of {summary['requests']} requests were due but not sent, as max_in_flight = "
+            f"{spec.max_in_flight} were unanswered: the load was smaller than asked for, and they count as failed",
+            file=sys.stderr,
+        )
+    late = summary.get("late_ms", {}).get("p95", 0.0)
+    if late > LATE_SHARE * summary.get("ttft_ms", summary.get("latency_ms", {})).get("p95", math.inf):
+        print(
+            f"stress: requests were sent up to {late:.0f} ms (p95) after they were due, which is in their times: this "
+            "process could not keep up: lower requests_per_second, or give it a core of its own",
+            file=sys.stderr,
+        )
+    if load.failed + load.shed == summary["requests"]:
+        shed = {"status 429": load.shed} if load.shed else {}
+        print(f"stress: no request succeeded: {summary['failures_by_reason'] | shed}", file=sys.stderr)
         return exits.FAILED
     for bound in bounds:
         print(f"stress: {figures.told(bound)}", file=sys.stderr)
     return exits.OK if all(bound["held"] for bound in bounds) else exits.GATE
 
 
-def _preflight_within(seconds: float, target: str, spec: LoadSpec, rows: list[dict[str, Any]]) -> float | TargetError:
-    """Characters per token, or what was still wrong after so many seconds: a model may be in tuning, or asleep."""
+def _preflight_within(
+    seconds: float, target: str, spec: LoadSpec, rows: list[dict[str, Any]], keys: Mapping[str, str]
+) -> float | TargetError:
+    """Characters per token, or what was still wrong after so many seconds: a model may be in tuning, or asleep.
+
+    A load that waits wants `SURE_TIMES` good answers of each model in a row: after its first promotion one replica has
+    an adapter some seconds before the others, and whichever is asked answers.
+    """
     began = next_line = time.monotonic()
+    good = 0
     while True:
         try:
-            return preflight(target, spec, rows)
+            characters_per_token = preflight(target, spec, rows, keys)
+            good += 1
+            if good == SURE_TIMES or not seconds:
+                return characters_per_token
+            gevent.sleep(SURE_POLL_SECONDS)
+            continue
         except TargetError as error:
+            good = 0
             now = time.monotonic()
             if error.lasting or now - began >= seconds:
                 return error
@@ -309,12 +486,13 @@ class Progress:
         good = [item for item in recent if not item[1]]
         ttft = [item[2] for item in good if item[2] is not None]
         parts = [f"stress {load.done} requests", f"{load.failed} failed"]
+        parts += [f"{count} {what}" for count, what in ((load.shed, "shed"), (load.not_sent, "not sent")) if count]
         if now > since:
             parts.append(f"{len(good) / (now - since):.1f} RPS")
         if ttft:
             parts.append(f"TTFT p95 {figures.percentile(ttft, 95):.0f} ms")
         if load.end:
-            parts.append(f"{load.sent - load.done} under way")
+            parts.append(f"{load.in_flight} under way")
         elif not self.open_ended:
             start = load.window_start or self.began + spec.ramp_seconds
             parts.append(f"ETA {max(0.0, start + spec.duration_seconds - now):.0f} s")

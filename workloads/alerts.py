@@ -43,7 +43,12 @@ RESTARTS = 2  # in half an hour; one is a hang that the liveness probe mended
 
 
 def alerts(env: Environment) -> tuple[Alert, ...]:
-    """All alerts of this environment: names, limits and times follow its settings."""
+    """All alerts of this environment: names, limits and times follow its settings.
+
+    Of what KAITO serves none, as managed Prometheus does not see it (docs/kaito.md).
+    """
+    if env.serving.runtime == "kaito":
+        return tuple(_tuning(env))
     return (*_tuning(env), *_serving(env), *_eyes(env))
 
 

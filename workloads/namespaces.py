@@ -29,7 +29,7 @@ class NamespaceArgs:
     """
 
     name: str
-    pod_security: Literal["restricted", "privileged"]
+    pod_security: Literal["restricted", "baseline", "privileged"]
     gpus: int
     service_accounts: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)

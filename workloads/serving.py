@@ -8,6 +8,7 @@ import pulumi
 
 from infra.settings import Environment
 from workloads.engine import Engine, EngineArgs
+from workloads.kaito import KaitoServing, KaitoServingArgs
 from workloads.namespaces import SERVING
 from workloads.router import Router, RouterArgs
 from workloads.scaling import Scaling, ScalingArgs
@@ -29,7 +30,7 @@ class ServingArgs:
 
 
 class Serving(pulumi.ComponentResource):
-    """Engine, Scaling and Router of one environment."""
+    """Engine, Scaling and Router of one environment; or, by its settings, what KAITO runs in their place."""
 
     url: pulumi.Output[str]
     """Base of the OpenAI API, without /v1."""
@@ -38,7 +39,16 @@ class Serving(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: ServingArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:workloads:Serving", name, None, opts)
-        env, child = args.env, pulumi.ResourceOptions(parent=self)
+        child = pulumi.ResourceOptions(parent=self)
+        if args.env.serving.runtime == "kaito":
+            by_kaito = KaitoServing(f"{name}-kaito", KaitoServingArgs(args.env), child)
+            self.url, self.watch = by_kaito.url, by_kaito.watch
+        else:
+            self.url, self.watch = self._direct(name, args, child)
+        self.register_outputs({"url": self.url, "watch": self.watch})
+
+    def _direct(self, name: str, args: ServingArgs, child: pulumi.ResourceOptions) -> tuple[pulumi.Output[str], str]:
+        env = args.env
         engine = Engine(
             f"{name}-engine",
             EngineArgs(
@@ -81,5 +91,4 @@ class Serving(pulumi.ComponentResource):
             ),
             opts=child,
         )
-        self.url, self.watch = router.url, engine.watch
-        self.register_outputs({"url": self.url, "watch": self.watch})
+        return router.url, engine.watch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -63,20 +64,20 @@ class StressTest(pulumi.ComponentResource):
         super().__init__("drydock:workloads:StressTest", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
         env, title = args.env, job_name(args.env.stress)
-        if env.stress_key is None:
+        if not env.stress.clients and env.stress_key is None:
             raise ValueError("the settings name no API key for the stress test")  # infra.settings tells it before
         self.report = pulumi.Output.concat("az://", args.account, f"/{REPORTS}/stress/{env.stress.run}")
         specs = core.v1.ConfigMap(
             title,
             metadata=meta.v1.ObjectMetaArgs(name=title, namespace=args.namespace),
-            data={"stress.json": env.stress.spec(env.served).model_dump_json(indent=2)},
+            data={"stress.json": env.stress_spec.model_dump_json(indent=2)},
             immutable=True,
             opts=pulumi.ResourceOptions(parent=self, ignore_changes=["data"]),
         )
         key = core.v1.Secret(
             f"{name}-key",
             metadata=meta.v1.ObjectMetaArgs(name="stress-key", namespace=args.namespace),
-            string_data={"key": pulumi.Output.secret(env.stress_key.get_secret_value())},
+            string_data=pulumi.Output.secret(_keys(env)),
             opts=child,
         )
         network_policy(
@@ -122,10 +123,17 @@ def fetches(env: Environment, image: pulumi.Input[str], datasets: Datasets) -> l
     return [_fetch(image, digest, address) for digest, address in sorted(addresses.items())]
 
 
-def key_variable(secret: pulumi.Input[str]) -> core.v1.EnvVarArgs:
-    """The API key with which a load asks, from `secret`."""
-    from_secret = core.v1.EnvVarSourceArgs(secret_key_ref=core.v1.SecretKeySelectorArgs(name=secret, key="key"))
-    return core.v1.EnvVarArgs(name="DRYDOCK_API_KEY", value_from=from_secret)
+def key_variable(secret: pulumi.Input[str], *, several: bool = False) -> core.v1.EnvVarArgs:
+    """The API key with which a load asks, or `several` by client, from `secret`."""
+    name, key = ("DRYDOCK_API_KEYS", "keys") if several else ("DRYDOCK_API_KEY", "key")
+    from_secret = core.v1.EnvVarSourceArgs(secret_key_ref=core.v1.SecretKeySelectorArgs(name=secret, key=key))
+    return core.v1.EnvVarArgs(name=name, value_from=from_secret)
+
+
+def _keys(env: Environment) -> dict[str, str]:
+    if env.stress.clients:
+        return {"keys": json.dumps({name: env.api_keys[name].get_secret_value() for name in env.stress.clients})}
+    return {"key": env.stress_key.get_secret_value()} if env.stress_key else {}
 
 
 def _pod(
@@ -164,7 +172,7 @@ def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[st
             *("--settings", f"{SPECS}/stress.json", "--dataset", DATASETS, "--out", OUT),
             *("--wait-seconds", str(args.env.stress.wait_seconds), "--push", report),
         ],
-        env=[*ENVIRONMENT, key_variable(key)],
+        env=[*ENVIRONMENT, key_variable(key, several=bool(args.env.stress.clients))],
         # One Python process: more than one core is of no use to it, two for what the report draws.
         resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="4Gi"),
         security_context=container_security(),

@@ -93,7 +93,7 @@ class Load:
 
     def figures(self) -> dict[str, Any]:
         summary = figures.summary(self.rows)
-        kept = ("requests", "failed", "failures_by_reason", "ttft_ms")
+        kept = ("requests", "failed", "shed", "failures_by_reason", "ttft_ms")
         return {name: summary[name] for name in kept if name in summary}
 
 

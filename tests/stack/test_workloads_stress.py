@@ -142,6 +142,23 @@ def test_the_key_is_that_of_the_client_named() -> None:
     assert env.stress_key is not None and env.stress_key.get_secret_value() == "two"
 
 
+def test_several_clients_bring_their_keys_and_tiers() -> None:
+    several = {"clients": {"a": 3, "b": 1}, "arrivals": "poisson", "requests_per_second": 20}
+    keys = {"a": "k3y-of-a", "b": "k3y-of-b", "c": "k3y-of-c"}
+    env = environment(several, api_keys=keys, tiers={"low": {"clients": ["b"], "concurrency": 2}})
+    seen = deployed(env)[0]
+    assert json.loads(seen.one(":Secret").inputs["stringData"]["value"]["keys"]) == {"a": "k3y-of-a", "b": "k3y-of-b"}
+    (container,) = seen.one(":Job").inputs["spec"]["template"]["spec"]["containers"]
+    variables = {item["name"]: item for item in container["env"]}
+    assert variables["DRYDOCK_API_KEYS"]["valueFrom"] == {"secretKeyRef": {"name": "stress-key", "key": "keys"}}
+    assert "DRYDOCK_API_KEY" not in variables
+    spec = LoadSpec.model_validate_json(seen.one(":ConfigMap").inputs["data"]["stress.json"])
+    assert (spec.arrivals, spec.requests_per_second) == ("poisson", 20)
+    assert (spec.clients, spec.tiers) == ({"a": 3, "b": 1}, {"a": "standard", "b": "low"})
+    told = [item for item in seen.resources if item.type[-7:] != ":Secret" and item.type.startswith("kubernetes:")]
+    assert "k3y" not in json.dumps([item.inputs for item in told])
+
+
 def test_the_pod_has_a_home_and_writes_nowhere_else() -> None:
     spec = pod()
     assert spec["securityContext"]["runAsNonRoot"] is True

@@ -186,8 +186,12 @@ TWO_KEYS = {"api_keys": '{"a": "k", "b": "l"}'}
         ("{run: 1, users: 0}", ONE_KEY, "stress.users: should be greater than or equal to 1, found 0"),
         ("{run: 1, slo: {ttft_ms: 3}}", ONE_KEY, "stress.slo.ttft_ms: unknown setting; did you mean ttft_p95_ms?"),
         ("{run: 1, users: 9, max_requests: 3}", ONE_KEY, "stress: max_requests is 3, but 9 users send at least one each"),
-        ("{run: 1, models: [base, base]}", ONE_KEY, "stress.models: names an alias twice"),
+        ("{run: 1, models: [base, base]}", ONE_KEY, "stress.models: names one twice"),
         ("{run: 1, models: []}", ONE_KEY, "stress.models: dictionary should have at least 1 item"),
+        ("{run: 1, clients: [a, c]}", TWO_KEYS, "stress.clients: c is not among the api_keys (a, b)"),
+        ("{run: 1, client: a, clients: [a, b]}", TWO_KEYS, "stress: client is a, but clients is given as well"),
+        ("{run: 1, arrivals: poisson}", ONE_KEY, "stress: arrivals is poisson: requests_per_second is required"),
+        ("{run: 1, slo: {goodput: {min_rps: 3}}}", ONE_KEY, "stress.slo.goodput: min_rps and min_share need to know"),
         ("{run: 1, wait_seconds: -1}", ONE_KEY, "stress.wait_seconds: should be greater than or equal to 0, found -1"),
     ],
 )  # fmt: skip
@@ -230,6 +234,18 @@ def test_a_stress_test_that_would_measure_its_own_limits_is_told(tier: str, told
     with pytest.raises(SettingsError) as caught:
         environment(tiers=f'{{"standard": {tier}}}', stress='{"run": "1"}', **ONE_KEY)
     assert told in str(caught.value)
+
+
+def test_several_clients_may_be_refused_but_not_by_the_length_of_what_they_ask() -> None:
+    """A low tier is to be shed: its 429 are counted apart. Each request answered 400 would measure nothing."""
+    keys = TWO_KEYS | {"stress": '{"run": "1", "clients": {"a": 3, "b": 1}}'}
+    env = environment(tiers='{"low": {"clients": ["b"], "concurrency": 1, "waiting": 1}}', **keys)
+    assert env.stress_spec.clients == {"a": 3, "b": 1}
+    assert env.stress_spec.tiers == {"a": "standard", "b": "low"}
+    with pytest.raises(SettingsError, match=r"stress\.clients: b is in tier low, whose output_tokens of 63 are below"):
+        environment(tiers='{"low": {"clients": ["b"], "output_tokens": 63}}', **keys)
+    rate = '{"run": "1", "arrivals": "poisson", "requests_per_second": 50}'
+    assert environment(tiers='{"standard": {"concurrency": 10}}', stress=rate, **ONE_KEY).stress_spec.clients is None
 
 
 def test_a_client_has_the_limits_of_its_tier() -> None:

@@ -16,7 +16,7 @@ import pytest
 from common import exits
 from common.files import write_json, write_jsonl
 from stress import figures, plots, report
-from stress.spec import Slo
+from stress.spec import Goodput, Slo
 
 START = 1_790_000_000.0
 HOSTILE = "<script>alert('x')</script>"
@@ -648,3 +648,35 @@ def test_a_load_by_itself_is_judged_by_its_bounds_and_misses_no_chain(
     assert badge in page and ("not_held" in status) == ("verdict bad" in page)
     assert 'id="stress"' in page and 'id="tuning"' not in page and 'id="drills"' not in page
     assert ("ttft_p95_ms" in page) == (slo.ttft_p95_ms is not None)
+
+
+def test_a_load_at_a_rate_by_several_clients(tmp_path: Path) -> None:
+    rows = requests(random.Random(7), 0, 20, 6)
+    refused = {"error": "status 429", "status": 429, "retry_after_seconds": 4.0, "ttft_ms": None, "itl_ms": []}
+    rows = [
+        row | {"client": f"client-{n % 2}", "late_ms": 1.5} | (refused if n % 8 == 1 else {})
+        for n, row in enumerate(rows)
+    ]
+    rows.append(
+        rows[0] | {"error": figures.NOT_SENT, "status": None, "ttft_ms": None, "itl_ms": [], "latency_ms": None}
+    )
+    slo = Slo(shed_rate=0.5, goodput=Goodput(e2e_ms=60_000, min_rps=900))
+    summary = figures.summary(rows, objectives=slo.goodput.objectives, by={"client": lambda row: str(row["client"])})
+    spec = {"arrivals": "poisson", "requests_per_second": 2.5, "max_in_flight": 9, "users": 4, "duration_seconds": 20}
+    spec |= {
+        "ramp_seconds": 0,
+        "prompt_tokens": 8,
+        "max_tokens": 6,
+        "models": {"base": 1.0},
+        "clients": {"client-0": 1.0},
+    }
+    more = {"bounds": figures.bounds(summary, slo), "spec": spec, "versions": {"locust": "2"}}
+    write_jsonl(tmp_path / "stress/load/requests.jsonl", rows)
+    write_json(tmp_path / "stress/load/summary.json", summary | more)
+    found = report.build(tmp_path)
+    assert found["verdict"]["headline"] == "The load broke its bounds: 1 of 3 bounds held"
+    assert "goodput_rps" in found["verdict"]["notes"][1] and "at least 900: not held" in found["verdict"]["notes"][1]
+    page = report.render(tmp_path, found)
+    assert "2.5 requests/s on average (Poisson" in page and "users in a closed loop" not in page
+    assert "1 requests were due but not sent" in page and f"{summary['shed']} shed (429)" in page
+    assert "<td>client-1</td>" in page and "at least 900</td>" in page and "Goodput" in page

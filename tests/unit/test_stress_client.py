@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from common.chat import Message
 from stress.client import AnswerError, Record, ask, read_stream, read_whole
+from tests.unit.test_stress_fake import fake_server
 
+MESSAGES: list[Message] = [{"role": "user", "content": "x"}]
 ROLE = {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
 STOP = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
 USAGE = {"choices": [], "usage": {"prompt_tokens": 12, "completion_tokens": 3}}
@@ -148,6 +152,32 @@ def test_on_the_wire(once: str, expected: str | None) -> None:
     if expected == "status 503":
         assert (record.status, record.error_detail) == (503, "no worker")
     assert json.loads(record.as_json())["error"] == expected
+
+
+FULL = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: %s\r\nContent-Length: 4\r\n\r\nfull"
+
+
+@pytest.mark.parametrize(
+    ("once", "expected"),
+    [(FULL % b"7", 7.0), (FULL % b"Wed, 21 Oct 2026 07:28:00 GMT", None), (FULL % b"-1", None)],
+    indirect=["once"],
+)
+def test_retry_after_is_kept(once: str, expected: float | None) -> None:
+    record = ask(once, "a", [{"role": "user", "content": "x"}], stream=True, max_tokens=5, timeout_seconds=5)
+    assert (record.status, record.error, record.retry_after_seconds) == (429, "status 429", expected)
+
+
+def test_times_count_from_when_it_was_due() -> None:
+    with fake_server(ttft_ms=50, itl_ms=20, tokens=2) as url:
+        due, now = time.perf_counter() - 0.4, time.time()
+        record = ask(url, "a", MESSAGES, stream=True, max_tokens=5, timeout_seconds=5, client="x", key="k", due=due)
+        plain = ask(url, "a", MESSAGES, stream=True, max_tokens=5, timeout_seconds=5)
+    assert record.error is None and record.late_ms is not None and record.ttft_ms is not None and record.latency_ms
+    assert 400 <= record.late_ms < 900
+    assert record.started_at == pytest.approx(now - 0.4, abs=0.1)
+    assert record.ttft_ms >= record.late_ms + 50 and record.latency_ms >= record.ttft_ms + sum(record.itl_ms)
+    assert '"client": "x"' in record.as_json() and "retry_after" not in record.as_json()
+    assert plain.late_ms is None and "late_ms" not in plain.as_json()
 
 
 def test_nobody_listens_or_answers() -> None:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, this folder would come first and the repository not at all
@@ -32,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "every": {},  # {"status": 5} = each fifth chat request is answered with 503; see `KINDS`
     "engine_seconds": 0.0,  # connection refused for so long, as vLLM does while it loads the model
     "adapters_seconds": 0.0,  # then /health is 200, but /ready is 503 and no adapter is known yet
+    "limits": {},  # {"KEY": 1} = more requests at once with this API key are answered 429 with Retry-After: 1
     "log": None,  # JSONL of what was done to each request
 }
 KINDS = ("status", "cut", "no_done", "error_event", "empty", "abort")
@@ -46,6 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     started = time.monotonic()
     lock = threading.Lock()
     count = 0
+    of_key: ClassVar[Counter[str]] = Counter()
     log: Any = None
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -57,9 +60,11 @@ class Handler(BaseHTTPRequestHandler):
     def loaded(self) -> bool:
         return time.monotonic() - self.started >= float(self.config["engine_seconds"] + self.config["adapters_seconds"])
 
-    def plain(self, status: int, value: Any) -> None:
+    def plain(self, status: int, value: Any, **headers: str) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -80,10 +85,21 @@ class Handler(BaseHTTPRequestHandler):
         kind = "ok"
         if body["max_tokens"] > 1:
             kind = next((k for k, n in self.config["every"].items() if number % n == 0), "ok")
+        key = (self.headers["Authorization"] or "").removeprefix("Bearer ")
         done = {"kind": kind, "stream": body["stream"], "model": body["model"], "messages": body["messages"]}
+        done |= {"key": key, "at": time.time(), "max_tokens": body["max_tokens"]}
+        with self.lock:
+            full = key in self.config["limits"] and Handler.of_key[key] >= self.config["limits"][key]
+            Handler.of_key[key] += 1
         try:
-            self.answer(body, kind, arrived, done)
+            if full:
+                done["kind"] = "shed"
+                self.plain(429, {"error": {"message": "full"}}, Retry_After="1")
+            else:
+                self.answer(body, kind, arrived, done)
         finally:
+            with self.lock:
+                Handler.of_key[key] -= 1
             if self.log:
                 with self.lock:
                     self.log.write(json.dumps(done) + "\n")

@@ -8,7 +8,7 @@ import pytest
 
 from stress import figures
 from stress.drills import phases, ratio, spread
-from stress.spec import Slo
+from stress.spec import Goodput, Slo
 
 
 def row(started_at: float, **values: Any) -> dict[str, Any]:
@@ -148,3 +148,96 @@ def test_a_bound_without_a_figure_is_not_held_and_says_why() -> None:
     assert figures.told(bound) == ("ttft_p95_ms: not measured (no streaming request succeeded), at most 50: not held")
     (bound,) = figures.bounds(figures.summary([], (0.0, 1.0)), Slo(error_rate=1))
     assert (bound["held"], bound["reason"]) == (False, "no requests were sent")
+
+
+def test_goodput_by_hand() -> None:
+    objectives = {"ttft_ms": 100.0, "tpot_ms": 20.0, "e2e_ms": 1000.0}
+    rows = [
+        row(101.0, ttft_ms=100.0, completion_tokens=3, itl_ms=[10.0, 30.0]),  # on each limit: good
+        row(102.0, ttft_ms=100.1),
+        row(103.0, completion_tokens=3, itl_ms=[10.0, 31.0]),  # 20.5 ms a token
+        row(104.0, latency_ms=1000.1),
+        row(105.0, completion_tokens=1, itl_ms=[]),  # no further token: good
+        row(106.0, stream=False, ttft_ms=None, itl_ms=[]),  # asked for the whole answer alone: good
+        row(107.0, error="timeout"),
+        row(108.0, error="status 429", status=429),
+        row(109.8),  # started in the window, ended after it: good, not in the rate
+        row(99.8),  # ended in the window: in the rate
+    ]
+    found = figures.summary(rows, (100.0, 110.0), objectives=objectives)
+    assert found["goodput_rps"] == 0.4 and found["rps"] == 0.7
+    assert found["goodput_share"] == round(4 / 9, 6)
+    assert "goodput_rps" not in figures.summary(rows, (100.0, 110.0))
+    nothing = figures.summary(rows[6:8], (100.0, 110.0), objectives=objectives)
+    assert (nothing["goodput_rps"], nothing["goodput_share"]) == (0, 0)
+    unknown = figures.summary([row(101.0, completion_tokens=None)], (100.0, 110.0), objectives={"tpot_ms": 15.0})
+    assert unknown["goodput_share"] == 1  # without usage, a chunk is a token
+
+
+def test_shed_requests_are_apart_from_errors() -> None:
+    refused = {"error": "status 429", "status": 429, "ttft_ms": None, "itl_ms": []}
+    rows = [
+        *(row(float(n)) for n in range(6)), row(6.0, **refused, retry_after_seconds=2.0), row(7.0, **refused),
+        row(8.0, **refused, retry_after_seconds=4.0), row(9.0, error="timeout"),
+    ]  # fmt: skip
+    found = figures.summary(rows)
+    assert (found["requests"], found["shed"], found["failed"]) == (10, 3, 1)
+    assert found["failures_by_reason"] == {"timeout": 1}
+    assert found["retry_after_seconds"] == {"p50": 3.0, "p95": 3.9}
+    assert figures.failed(rows) == 4  # to who lost them, it is all one
+
+    def judged(slo: Slo) -> list[tuple[str, float, bool]]:
+        return [(bound["name"], bound["measured"], bound["held"]) for bound in figures.bounds(found, slo)]
+
+    assert judged(Slo(error_rate=0.1)) == [("error_rate", 0.4, False)]  # a refusal is an error until it is judged apart
+    assert judged(Slo(error_rate=0.1, shed_rate=0.2)) == [("error_rate", 0.1, True), ("shed_rate", 0.3, False)]
+    silent = figures.summary([row(0.0), row(1.0, **refused)])
+    assert "Retry-After" in silent["absent"]["retry_after_seconds"]
+    assert "retry_after_seconds" not in figures.summary([row(0.0)])["absent"]
+
+
+def test_an_open_loop_tells_both_times() -> None:
+    rows = [
+        row(1.0, ttft_ms=150.0, late_ms=100.0),
+        row(2.0, ttft_ms=50.0, late_ms=0.0),
+        row(3.0, error=figures.NOT_SENT, status=None, ttft_ms=None, itl_ms=[], latency_ms=None),
+    ]
+    found = figures.summary(rows, (0.0, 10.0))
+    assert found["ttft_ms"]["p50"] == 100.0 and found["ttft_from_sending_ms"]["p50"] == 50.0
+    assert found["late_ms"]["p50"] == 50.0
+    assert (found["failed"], found["not_sent"]) == (1, 1)
+    assert [b["held"] for b in figures.bounds(found, Slo(ttft_p95_ms=900, error_rate=0.5))] == [True, True]
+    kept, unasked = figures.bounds(found, Slo(ttft_p95_ms=900))
+    assert kept["held"] and figures.told(unasked) == "not_sent: 1, at most 0: not held"
+    assert figures.bounds(found, Slo()) == []
+    assert {"late_ms", "ttft_from_sending_ms", "not_sent"}.isdisjoint(figures.summary([row(1.0)]))
+
+
+def test_figures_of_parts_add_up() -> None:
+    rows = [
+        row(1.0, client="x", model="a", ttft_ms=10.0), row(2.0, client="x", model="b", ttft_ms=30.0),
+        row(3.0, client="y", model="a", error="status 429", status=429, ttft_ms=None, itl_ms=[]),
+    ]  # fmt: skip
+    by = {"client": lambda row: str(row["client"]), "model": lambda row: str(row["model"])}
+    found = figures.summary(rows, (0.0, 10.0), objectives={"ttft_ms": 20.0}, by=by)
+    assert {name: part["requests"] for name, part in found["by_client"].items()} == {"x": 2, "y": 1}
+    assert found["by_client"]["x"]["ttft_ms"] == {"p50": 20.0, "p95": 29.0}
+    assert found["by_client"]["x"]["goodput_share"] == 0.5 and found["by_model"]["a"]["goodput_share"] == 0.5
+    assert (found["by_client"]["y"]["shed"], found["by_client"]["y"]["failed"]) == (1, 0)
+    assert "ttft_ms" not in found["by_client"]["y"]
+    assert found["absent"]["by_client.y.ttft_ms"] == "no request that started after the ramp succeeded"
+    assert sum(part["rps"] for part in found["by_model"].values()) == found["rps"]
+
+
+def test_goodput_bounds_are_the_least() -> None:
+    slo = Slo(goodput=Goodput(ttft_ms=20, min_rps=0.2, min_share=0.4))
+    rows = [row(1.0, ttft_ms=10.0), row(2.0, ttft_ms=30.0)]
+    found = figures.bounds(figures.summary(rows, (0.0, 10.0), objectives=slo.goodput.objectives), slo)
+    assert [(b["name"], b["at_least"], b["measured"], b["held"]) for b in found] == [
+        ("goodput_rps", 0.2, 0.1, False), ("goodput_share", 0.4, 0.5, True),
+    ]  # fmt: skip
+    assert figures.told(found[0]) == "goodput_rps: 0.1, at least 0.2: not held"
+    (bound,) = figures.bounds(
+        figures.summary([], (5.0, 5.0), objectives={"ttft_ms": 20.0}), Slo(goodput=Goodput(ttft_ms=20, min_rps=1))
+    )
+    assert (bound["held"], bound["reason"]) == (False, "the run ended before its ramp did")

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from common.settings import SettingsError, explain
 from stress.__main__ import SCALARS, main
-from stress.client import check_target, is_loopback
-from stress.spec import LoadSpec, Slo
+from stress.client import api_keys, check_target, is_loopback
+from stress.spec import Goodput, LoadSpec, Slo
 from tests.unit.test_stress_fake import ROOT, write_dataset
 
 
@@ -35,7 +35,7 @@ def test_all_problems_are_told_with_value_and_limit() -> None:
     assert "stream_share: should be less than or equal to 1, found 2" in told
     assert "did you mean prompt_tokens?" in told
     assert "models: required, but absent" in problems()
-    assert "names an alias twice" in problems(models=["a", "a"])
+    assert "names one twice" in problems(models=["a", "a"])
     assert "empty name" in problems(models=[" "])
     assert "raise max_requests to 8" in problems(models=["a"], users=8, max_requests=3)
 
@@ -46,6 +46,30 @@ def test_bounds_are_checked_as_the_rest() -> None:
     assert "slo.error_rate: should be less than or equal to 1, found 2" in told
     assert "slo.rps: unknown setting" in told
     assert LoadSpec.model_validate({"models": ["a"]}).slo == Slo()
+
+
+def test_arrivals_need_what_they_are_made_of() -> None:
+    assert "requests_per_second is required" in problems(models=["a"], arrivals="poisson")
+    assert "set arrivals to poisson" in problems(models=["a"], requests_per_second=3)
+    told = problems(models=["a"], arrivals="open", max_in_flight=0)
+    assert "arrivals: should be 'closed' or 'poisson'" in told and "max_in_flight" in told
+    spec = LoadSpec.model_validate(
+        {"models": ["a"], "arrivals": "poisson", "requests_per_second": 3, "max_requests": 2}
+    )
+    assert LoadSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_goodput_is_of_something() -> None:
+    assert "give ttft_ms, tpot_ms or e2e_ms" in problems(models=["a"], slo={"goodput": {"min_rps": 1}})
+    assert "did you mean ttft_ms?" in problems(models=["a"], slo={"goodput": {"ttft": 1}})
+    assert Goodput(ttft_ms=5, min_share=0.9).objectives == {"ttft_ms": 5}
+
+
+def test_each_client_has_its_tier() -> None:
+    spec = LoadSpec(models={"a": 1}, clients={"x": 3, "y": 1}, tiers={"x": "low", "y": "low"})
+    assert spec.clients == {"x": 3, "y": 1}
+    assert "name the same" in problems(models=["a"], clients=["x"], tiers={"y": "low"})
+    assert "name the same" in problems(models=["a"], tiers={"y": "low"})
 
 
 def test_the_longest_prompt_has_its_answer_with_it() -> None:
@@ -62,8 +86,25 @@ def test_the_settings_are_listed_with_those_inside(capsys: pytest.CaptureFixture
 
 def test_every_setting_is_described_and_on_the_command_line() -> None:
     assert all(field.description for field in LoadSpec.model_fields.values())
-    assert set(SCALARS) | {"models", "slo"} == set(LoadSpec.model_fields)
-    assert all(field.description for field in Slo.model_fields.values())
+    assert set(SCALARS) | {"models", "clients", "tiers", "slo"} == set(LoadSpec.model_fields)
+    assert all(field.description for model in (Slo, Goodput) for field in model.model_fields.values())
+
+
+def test_a_client_without_a_key_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRYDOCK_API_KEYS", '{"x": "k"}')
+    assert api_keys(["x"]) == {"x": "k"} and api_keys([]) == {}
+    with pytest.raises(SettingsError, match="clients: y, z: no key of that name in DRYDOCK_API_KEYS"):
+        api_keys(["x", "y", "z"])
+    monkeypatch.setenv("DRYDOCK_API_KEYS", "s3cret")
+    with pytest.raises(SettingsError, match="not JSON such as") as caught:
+        api_keys(["x"])
+    assert "s3cret" not in str(caught.value)
+    data = write_dataset(tmp_path / "data.jsonl")
+    arguments = ["--dataset", str(data), "--out", str(tmp_path), "--models", "a", "--clients", "x=2", "y"]
+    assert main(["run", "--target", "http://127.0.0.1:9", *arguments]) == 2
+    assert "DRYDOCK_API_KEYS: not JSON" in capsys.readouterr().err
 
 
 def test_the_spec_imports_neither_locust_nor_gevent() -> None:
