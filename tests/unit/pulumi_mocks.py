@@ -144,6 +144,8 @@ def mocked(
     except RuntimeError:
         asyncio.set_event_loop(asyncio.new_event_loop())
     pulumi.runtime.set_mocks(recorder, project=project, stack=stack, preview=preview, organization="example")
+    if (root := pulumi.runtime.get_root_resource()) is not None:
+        root._transformations = []  # what a program before this one, in the same process, left for all of the stack
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (config or {}).items()}
     pulumi.runtime.set_all_config(texts, [])
     yield recorder
