@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 UNIT = $(BIN)/python -m pytest tests/unit -q -n 2 --dist worksteal
 TUNING_TESTS = $(BIN)/python -m pytest tests/tuning -q -n 2 --dist loadfile
 STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
-CONTRACT_TESTS = $(BIN)/python -m pytest tests/contract -n 2 --dist loadgroup
+CONTRACT_TESTS = $(BIN)/python -m pytest tests/contract -n 2 --dist loadscope --no-loadscope-reorder
 DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
 .PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning bench-serving fuzz images preview up destroy render dashboards clean

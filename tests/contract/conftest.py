@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from common.files import write_json
 from common.processes import free_ports
@@ -27,17 +29,28 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "rehearsal" / "base"
 
 
-LONGEST = ("test_rehearsal", "replica")  # begun first, so that two workers end together
+LONGEST = ("replica", "test_ranks.py", "test_rehearsal.py")  # begun first, so that two workers end together
+
+
+def together(file: str) -> str:
+    """What has to run in one worker, in its order: a file, or all that share the replica."""
+    return "replica" if "replica: Replica" in (ROOT / file).read_text() else Path(file).name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` the files that share the replica stay with one worker, and each other file whole."""
-    sharing = {item.path for item in items if "replica" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "replica" if item.path in sharing else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    groups = {item: next(mark.args[0] for mark in item.iter_markers("xdist_group")) for item in items}
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    groups = {file: together(file) for file in {item.nodeid.partition("::")[0] for item in items}}
+    ranks = {file: LONGEST.index(group) if group in LONGEST else len(LONGEST) for file, group in groups.items()}
+    items.sort(key=lambda item: ranks[item.nodeid.partition("::")[0]])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """`-n 2 --dist loadscope --no-loadscope-reorder`: by `together` (marks of xdist_group do nothing in pytest 9.2)."""
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return together(nodeid.partition("::")[0])
+
+    return Scheduling(config, log)
 
 
 def wait_until(condition, seconds: float, what: str) -> float:

@@ -25,7 +25,9 @@ from serving.evaluate import evaluate, open_run
 from tests.contract.conftest import BASE, Replica, tune, wait_until
 from training.__main__ import main as training
 
-SWITCH_SECONDS = 10  # from tag to traffic; issue 6's bar, and a hot load is well below it
+# From tag to traffic. The bar is 10 on a machine of its own (make rehearse and make bench-serving measure it); here another
+# worker starts its engines beside this one, on the same two cores.
+SWITCH_SECONDS = 25
 
 
 def question(run: Path) -> str:
