@@ -21,7 +21,7 @@ from prometheus_client import REGISTRY
 
 from serving import requests
 from serving.admission import Admission
-from serving.errors import Refusal
+from serving.errors import Refusal, from_vllm
 from serving.heartbeat import Heartbeat
 from serving.keys import ANYONE, Caller, Keys, without_key
 from serving.spec import Tier
@@ -184,9 +184,11 @@ class RequestLayer:
                 async def refine(refusal: Refusal) -> Refusal:
                     if refusal.code != "context_length_exceeded":
                         return refusal
-                    tokens = await self._longest(scope, request)  # vLLM stops counting at the limit
-                    context = self.max_model_len
-                    return requests.too_long(tokens, context, context, route) if tokens else refusal
+                    try:
+                        tokens = await self._longest(scope, request)  # vLLM stops counting at the limit
+                    except Refusal:
+                        return refusal
+                    return requests.too_long(tokens, self.max_model_len, self.max_model_len, route)
 
                 answer.grammar = requests.has_grammar(request)
                 answer.refine = refine
@@ -256,7 +258,7 @@ class RequestLayer:
         return tokens
 
     async def _count(self, scope: Message, body: bytes) -> int:
-        """Tokens of what /tokenize is asked; 0 where it refuses, for vLLM will say why when it gets the request."""
+        """Tokens of what /tokenize is asked. Raises `Refusal` where it refuses: what cannot be counted stays out."""
         parts: list[bytes] = []
         status = 0
         given = asyncio.Event()
@@ -275,7 +277,9 @@ class RequestLayer:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         inner = {**scope, "path": "/tokenize", "raw_path": b"/tokenize", "query_string": b"", "headers": headers}
         await self.app(inner, receive, note)
-        return int(json.loads(b"".join(parts))["count"]) if status == 200 else 0
+        if status != 200:
+            raise from_vllm(status, b"".join(parts))
+        return int(json.loads(b"".join(parts))["count"])
 
 
 def _as_openai(scope: Message) -> tuple[Message, str | None]:

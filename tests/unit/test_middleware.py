@@ -564,6 +564,20 @@ def test_only_a_body_that_may_be_too_long_is_tokenised_and_by_vllm(keyed: Layer,
     assert [scope["path"] for scope in keyed.inner.scopes] == [CHAT]
 
 
+def test_a_prompt_that_cannot_be_counted_is_not_let_in(keyed: Layer, tmp_path: Path) -> None:
+    write_keys(tmp_path / "keys", prompt_tokens=50)
+
+    async def vllm(scope: Any, receive: Any, send: Any) -> None:
+        keyed.inner.scopes.append(scope)
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"error": {"message": "odd messages", "code": 400}}'})
+
+    keyed.app.app = vllm
+    reply = keyed.ask("POST", CHAT, {"model": "base", "messages": ["x"]}, [(b"api-key", b"key-a")])
+    assert (reply.status, reply.body["error"]["message"]) == (400, "odd messages")
+    assert [scope["path"] for scope in keyed.inner.scopes] == ["/tokenize"]
+
+
 def test_what_is_refused_leaves_no_trace_in_the_counts_of_who_is_here(layer: Layer) -> None:
     for body in (b"{", {"model": "gpt-4"}, {"model": "base", "n": 1000}, {"model": "base", "messages": []}):
         layer.ask("POST", CHAT, body)
