@@ -195,7 +195,7 @@ class RequestLayer:
                 self._await(+1)
                 answer.awaited = self._await
                 try:
-                    await self.app(forwarded, heard.replaying(body), answer)
+                    await self.app(forwarded, _replay(body, heard), answer)
                 finally:
                     self._await(-1)
             finally:
@@ -261,13 +261,6 @@ class RequestLayer:
         """Tokens of what /tokenize is asked. Raises `Refusal` where it refuses: what cannot be counted stays out."""
         parts: list[bytes] = []
         status = 0
-        given = asyncio.Event()
-
-        async def receive() -> Message:
-            if given.is_set():  # vLLM listens for a client that leaves; this one stays
-                await asyncio.get_running_loop().create_future()
-            given.set()
-            return {"type": "http.request", "body": body, "more_body": False}
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -276,7 +269,7 @@ class RequestLayer:
 
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         inner = {**scope, "path": "/tokenize", "raw_path": b"/tokenize", "query_string": b"", "headers": headers}
-        await self.app(inner, receive, note)
+        await self.app(inner, _replay(body, _stays), note)
         if status != 200:
             raise from_vllm(status, b"".join(parts))
         return int(json.loads(b"".join(parts))["count"])
@@ -308,18 +301,25 @@ class _Heard:
         self.gone = self.gone or message["type"] == "http.disconnect"
         return message
 
-    def replaying(self, body: bytes) -> Receive:
-        """One that gives `body` first and then waits for the real one, which tells when the client leaves."""
-        given = False
 
-        async def replayed() -> Message:
-            nonlocal given
-            if given:
-                return await self()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+def _replay(body: bytes, then: Receive) -> Receive:
+    """A `receive` that gives `body` first, and then what `then` gives."""
+    given = False
 
-        return replayed
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await then()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _stays() -> Message:
+    """A `receive` of a client that never leaves, for which vLLM listens."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("nobody ends this future")
 
 
 async def _body(receive: Receive, limit: int) -> bytes:

@@ -32,6 +32,7 @@ from types import FrameType
 from common import exits
 from common.processes import Processes, free_ports
 from common.settings import SettingsError
+from common.sigterm import Sigterm
 
 log = logging.getLogger(__name__)
 
@@ -156,22 +157,15 @@ def launch(
             log.warning("the run ended before its end, by another machine as it seems: joining again")
 
 
-class _Asked:
-    """While entered, SIGTERM sets `came` and goes on to the processes `running`."""
+class _Asked(Sigterm):
+    """SIGTERM goes on to the processes `running` as well."""
 
     def __init__(self) -> None:
-        self.came = False
+        super().__init__()
         self.running: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> _Asked:
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
+        super()._note(number, frame)
         self.forward()
 
     def forward(self) -> None:

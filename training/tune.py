@@ -13,13 +13,11 @@ from __future__ import annotations
 import logging
 import math
 import random
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from common import exits
 from common.files import read_jsonl, write_json
 from common.settings import SettingsError
+from common.sigterm import Sigterm
 from training import checkpoint
 from training.base import base_folder
 from training.begin import Start, begin
@@ -155,7 +154,7 @@ def train(
     shown: AbstractContextManager[Progress | None] = nullcontext()
     if ranks.first:
         shown = Progress(spec.adapter, total_steps, out / "events.jsonl", metrics_address)
-    with shown as progress, _Sigterm() as sigterm, own_precision(model):
+    with shown as progress, Sigterm() as sigterm, own_precision(model):
         if progress:
             progress.dropped(start.dropped)
             progress.resumed(done_before.step)
@@ -307,19 +306,3 @@ def _no_number(loss: float, step: int, rows: list[Example], spec: TuningSpec) ->
         [f"the loss became {loss} at step {step} on lines {lines} of {public(spec.dataset)}; lower learning_rate (now "
          f"{spec.learning_rate:g}) or look at those lines"]
     )  # fmt: skip
-
-
-class _Sigterm:
-    """While entered, SIGTERM sets `came` instead of ending the process: the step in progress is finished first."""
-
-    came = False
-
-    def __enter__(self) -> _Sigterm:
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
