@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from common.settings import Settings, SettingsError, explain
+from infra.prices import list_price
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class Sku:
     """An Azure VM size with GPUs, as AKS names it.
 
     `quota_family` is the name of its vCPU quota, `temp_gib` its temporary disk, `nvme_gib` its raw NVMe disks in all.
-    `usd_per_hour` is the Linux pay-as-you-go price in `price_region`.
     """
 
     name: str
@@ -64,41 +64,47 @@ class Sku:
     temp_gib: int
     nvme_gib: int
     quota_family: str
-    usd_per_hour: float
-    price_region: str = "eastus"
 
+    @property
+    def usd_per_hour(self) -> float:
+        """The Linux pay-as-you-go price in `price_region`, by which sizes are compared."""
+        return list_price(self.name)[0]
 
-PRICES_OF = "2026-06-18"
+    @property
+    def price_region(self) -> str:
+        """East US, or where it is sold instead."""
+        return list_price(self.name)[1]
+
 
 _T4_FAMILY, _A10_FAMILY = "Standard NCASv3_T4 Family", "StandardNVADSA10v5Family"
 _A100_FAMILY, _H100_FAMILY = "StandardNCADSA100v4Family", "StandardNCadsH100v5Family"
 
 # Sizes from Microsoft's azure-compute-docs (pages of 2024-07 to 2025-09), families from karpenter-provider-azure's
-# known_skus (2025-05-15), prices from its table of the Azure Retail Prices API (PRICES_OF). 960 GB are 894 GiB;
-# that the A100 sizes have one such disk a GPU is inferred from the smallest.
+# known_skus (2025-05-15). 960 GB are 894 GiB; that the A100 sizes have one such disk a GPU is inferred from the
+# smallest.
 SKUS: dict[str, Sku] = {
     sku.name: sku
     for sku in (
-        Sku("Standard_NC4as_T4_v3", 1, T4, 4, 28, 176, 0, _T4_FAMILY, 0.526),
-        Sku("Standard_NC8as_T4_v3", 1, T4, 8, 56, 352, 0, _T4_FAMILY, 0.752),
-        Sku("Standard_NC16as_T4_v3", 1, T4, 16, 110, 352, 0, _T4_FAMILY, 1.204),
-        Sku("Standard_NC64as_T4_v3", 4, T4, 64, 440, 2816, 0, _T4_FAMILY, 4.352),
-        Sku("Standard_NV6ads_A10_v5", 1, A10_SIXTH, 6, 55, 180, 0, _A10_FAMILY, 0.454),
-        Sku("Standard_NV12ads_A10_v5", 1, A10_THIRD, 12, 110, 360, 0, _A10_FAMILY, 0.908),
-        Sku("Standard_NV18ads_A10_v5", 1, A10_HALF, 18, 220, 720, 0, _A10_FAMILY, 1.60),
-        Sku("Standard_NV36ads_A10_v5", 1, A10, 36, 440, 1440, 0, _A10_FAMILY, 3.20),
-        Sku("Standard_NV36adms_A10_v5", 1, A10, 36, 880, 2880, 0, _A10_FAMILY, 4.52),
-        Sku("Standard_NV72ads_A10_v5", 2, A10, 72, 880, 2880, 0, _A10_FAMILY, 6.52),
-        Sku("Standard_NC24ads_A100_v4", 1, A100_80, 24, 220, 64, 894, _A100_FAMILY, 3.673),
-        Sku("Standard_NC48ads_A100_v4", 2, A100_80, 48, 440, 128, 1788, _A100_FAMILY, 7.346),
-        Sku("Standard_NC96ads_A100_v4", 4, A100_80, 96, 880, 256, 3576, _A100_FAMILY, 14.692),
-        Sku("Standard_ND96asr_v4", 8, A100_40, 96, 900, 6000, 0, "Standard NDASv4_A100 Family", 27.197),
-        Sku("Standard_ND96amsr_A100_v4", 8, A100_80, 96, 1900, 6400, 0, "Standard NDAMSv4_A100Family", 32.77),
-        Sku("Standard_NC40ads_H100_v5", 1, H100_NVL, 40, 320, 0, 3576, _H100_FAMILY, 6.98),
-        Sku("Standard_NC80adis_H100_v5", 2, H100_NVL, 80, 640, 0, 7152, _H100_FAMILY, 13.96),
-        Sku("Standard_NCC40ads_H100_v5", 1, H100_NVL, 40, 320, 0, 0, "StandardNCCads2023Family", 8.82, "eastus2"),
-        Sku("Standard_ND96isr_H100_v5", 8, H100_80, 96, 1900, 1024, 28672, "standardNDSH100v5Family", 98.32),
-        Sku("Standard_ND96isr_H200_v5", 8, H200, 96, 1850, 1024, 28672, "standardNDISRH200V5Family", 84.80, "eastus2"),
+        Sku("Standard_NC4as_T4_v3", 1, T4, 4, 28, 176, 0, _T4_FAMILY),
+        Sku("Standard_NC8as_T4_v3", 1, T4, 8, 56, 352, 0, _T4_FAMILY),
+        Sku("Standard_NC16as_T4_v3", 1, T4, 16, 110, 352, 0, _T4_FAMILY),
+        Sku("Standard_NC64as_T4_v3", 4, T4, 64, 440, 2816, 0, _T4_FAMILY),
+        Sku("Standard_NV6ads_A10_v5", 1, A10_SIXTH, 6, 55, 180, 0, _A10_FAMILY),
+        Sku("Standard_NV12ads_A10_v5", 1, A10_THIRD, 12, 110, 360, 0, _A10_FAMILY),
+        Sku("Standard_NV18ads_A10_v5", 1, A10_HALF, 18, 220, 720, 0, _A10_FAMILY),
+        Sku("Standard_NV36ads_A10_v5", 1, A10, 36, 440, 1440, 0, _A10_FAMILY),
+        Sku("Standard_NV36adms_A10_v5", 1, A10, 36, 880, 2880, 0, _A10_FAMILY),
+        Sku("Standard_NV72ads_A10_v5", 2, A10, 72, 880, 2880, 0, _A10_FAMILY),
+        Sku("Standard_NC24ads_A100_v4", 1, A100_80, 24, 220, 64, 894, _A100_FAMILY),
+        Sku("Standard_NC48ads_A100_v4", 2, A100_80, 48, 440, 128, 1788, _A100_FAMILY),
+        Sku("Standard_NC96ads_A100_v4", 4, A100_80, 96, 880, 256, 3576, _A100_FAMILY),
+        Sku("Standard_ND96asr_v4", 8, A100_40, 96, 900, 6000, 0, "Standard NDASv4_A100 Family"),
+        Sku("Standard_ND96amsr_A100_v4", 8, A100_80, 96, 1900, 6400, 0, "Standard NDAMSv4_A100Family"),
+        Sku("Standard_NC40ads_H100_v5", 1, H100_NVL, 40, 320, 0, 3576, _H100_FAMILY),
+        Sku("Standard_NC80adis_H100_v5", 2, H100_NVL, 80, 640, 0, 7152, _H100_FAMILY),
+        Sku("Standard_NCC40ads_H100_v5", 1, H100_NVL, 40, 320, 0, 0, "StandardNCCads2023Family"),
+        Sku("Standard_ND96isr_H100_v5", 8, H100_80, 96, 1900, 1024, 28672, "standardNDSH100v5Family"),
+        Sku("Standard_ND96isr_H200_v5", 8, H200, 96, 1850, 1024, 28672, "standardNDISRH200V5Family"),
     )
 }
 

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from common import cli, exits
 from common.lora import MAX_LORA_RANK, vllm_lora_rank
 from common.settings import Settings, SettingsError, explain
-from infra.catalog import PRICES_OF, SKUS, Architecture, Sku, architecture, architecture_of, sku
+from infra import prices
+from infra.catalog import SKUS, Architecture, Sku, architecture, architecture_of, sku
 from serving.spec import ServingSpec
 from training.spec import TuningSettings, TuningSpec
 
@@ -552,7 +553,7 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
     serving, tuning = question.serving(), question.tuning(model, size)
     how = ", base in 4 bits" * tuning.load_in_4bit + ", gradient checkpointing" * tuning.gradient_checkpointing
     print(f"{size.name}: {size.gpus} x {size.gpu.name}, {size.gpu.driver_gib} GiB seen by the driver, ", end="")
-    print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {PRICES_OF}). Estimates for one GPU.")
+    print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {prices.AS_OF}). Estimates for one GPU.")
     failed = False
     for title, fit, problems in (
         (
@@ -578,7 +579,8 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
 def _compare(model: Architecture, question: _Question) -> int:
     serving = question.serving()
     print(
-        f"Estimates in GiB needed of GiB available on one GPU; prices of {PRICES_OF}; *: with gradient checkpointing."
+        "Estimates in GiB needed of GiB available on one GPU; "
+        f"prices of {prices.AS_OF}; *: with gradient checkpointing."
     )
     print(f"{'size':<28}{'$/h':>7}  {'GPU':<12}{'serving':>16}{'tuning':>21}")
     found = False

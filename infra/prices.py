@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.catalog import PRICES_OF
-
 if TYPE_CHECKING:
     from infra.settings import Prices
 
 HOURS_A_MONTH = 730
 CURRENCY = "USD"
 TABLE = Path(__file__).with_suffix(".csv")
+AS_OF = "2026-06-18"
+"""Day of prices.csv."""
 DEFAULT_REGION = "eastus"
 
 SPOT_SHARE = 0.1848
@@ -67,12 +67,21 @@ def vm_price(size: str, location: str, *, spot: bool, given: Prices) -> VmPrice:
     own: dict[str, float] = {name.lower(): usd for name, usd in getattr(given, key).items()}
     if size in own:
         return VmPrice(own[size], f"prices.{key}")
-    found = table().get(size)
-    if not found:
+    if size not in table():
         raise ValueError(f"no list price is known here; give yours as prices.{key}")
-    region = next((name for name in (region_name(location), DEFAULT_REGION) if name in found), next(iter(found)))
+    usd, region = list_price(size, location)
     # Given alone, the pay-as-you-go price says nothing of spot: that discount is on Azure's own list.
-    return VmPrice(found[region] * (SPOT_SHARE if spot else 1), region)
+    return VmPrice(usd * (SPOT_SHARE if spot else 1), region)
+
+
+def list_price(size: str, location: str = DEFAULT_REGION) -> tuple[float, str]:
+    """USD an hour of `size`, pay as you go, and the region: `location`, else East US, else the first that sells it.
+
+    Raises KeyError for a size that is not in the table.
+    """
+    found = table()[size.lower()]
+    region = next((name for name in (region_name(location), DEFAULT_REGION) if name in found), next(iter(found)))
+    return found[region], region
 
 
 def region_name(location: str) -> str:
@@ -87,13 +96,9 @@ def disk_price(gib: int) -> float:
 
 @functools.cache
 def table() -> dict[str, dict[str, float]]:
-    """USD an hour by size (in lower case) and region, without the regions that lack it; as of `PRICES_OF`."""
+    """USD an hour by size (in lower case) and region, without the regions that lack it; as of `AS_OF`."""
     lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return {
         row.pop("size").lower(): {region: float(usd) for region, usd in row.items() if usd}
         for row in csv.DictReader(lines)
     }
-
-
-AS_OF = PRICES_OF
-"""Day of prices.csv, which is from the same list as the catalogue's prices."""

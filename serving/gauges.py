@@ -1,4 +1,4 @@
-"""vLLM's own figures, read in the API server's process: what waits, what runs, how full the KV cache is.
+"""vLLM's own figures, read in the API server's process: what waits, how full the KV cache is.
 
 vLLM 0.32 (vllm/v1/metrics/loggers.py) registers them with prometheus_client's default registry, as long as there is one
 API server: with several it would set PROMETHEUS_MULTIPROC_DIR and keep them in files. The engine sends its figures
@@ -13,11 +13,6 @@ from prometheus_client import REGISTRY
 def waiting() -> float:
     """Requests that wait in the engine to be computed."""
     return _read("vllm:num_requests_waiting")
-
-
-def running() -> float:
-    """Requests that the engine computes now."""
-    return _read("vllm:num_requests_running")
 
 
 def kv_cache_usage() -> float:

@@ -25,24 +25,24 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
     return made
 
 
-ALL: list[Callable[[], float]] = [gauges.waiting, gauges.running, gauges.kv_cache_usage, gauges.engine_steps]
+ALL: list[Callable[[], float]] = [gauges.waiting, gauges.kv_cache_usage, gauges.engine_steps]
 
 
 def test_before_vllm_registered_its_figures_they_are_0(registry: CollectorRegistry) -> None:
-    assert [read() for read in ALL] == [0.0] * 4
+    assert [read() for read in ALL] == [0.0] * 3
     assert all(isinstance(read(), float) for read in ALL)
     Gauge("vllm:num_requests_waiting", "No engine yet.", LABELS, registry=registry)
     assert gauges.waiting() == 0.0
 
 
 def test_each_reads_its_own_figure(registry: CollectorRegistry) -> None:
-    values = {"vllm:num_requests_waiting": 3, "vllm:num_requests_running": 5, "vllm:kv_cache_usage_perc": 0.25}
+    values = {"vllm:num_requests_waiting": 3, "vllm:kv_cache_usage_perc": 0.25}
     for name, value in values.items():
         Gauge(name, name, LABELS, registry=registry).labels("base", "0").set(value)
     steps = Histogram("vllm:iteration_tokens_total", "Steps.", LABELS, buckets=BUCKETS, registry=registry)
     for tokens in (700, 1):
         steps.labels("base", "0").observe(tokens)
-    assert [read() for read in ALL] == [3.0, 5.0, 0.25, 2.0]
+    assert [read() for read in ALL] == [3.0, 0.25, 2.0]
 
 
 def test_a_step_that_gives_no_token_is_progress_too(registry: CollectorRegistry) -> None:
@@ -67,7 +67,7 @@ def test_vllm_names_them_so() -> None:
     if source is None:
         pytest.skip("needs vLLM's source in this environment")
     text = source.read_text()
-    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "iteration_tokens_total"):
+    for name in ("num_requests_waiting", "kv_cache_usage_perc", "iteration_tokens_total"):
         assert f'name="vllm:{name}"' in text
 
 

@@ -351,6 +351,18 @@ def break_store(rig: Rig, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rig.store, "resolve", fail)
 
 
+def make_busy(rig: Rig, patch: pytest.MonkeyPatch) -> None:
+    """The canaries of triage time out."""
+    plain = rig.engine.log_probabilities
+
+    def busy(model: str, *rest: Any) -> list[float]:
+        if model.startswith("triage"):
+            raise httpx.ReadTimeout("slow")
+        return plain(model, *rest)
+
+    patch.setattr(rig.engine, "log_probabilities", busy)
+
+
 def test_before_the_engine_said_who_it_is_nothing_happens(rig: Rig) -> None:
     (rig.state / "boot").unlink()
     assert not rig.sidecar.look()
@@ -371,15 +383,8 @@ def test_a_replica_is_not_ready_until_every_promoted_adapter_is_loaded(
 ) -> None:
     first = rig.publish("kubectl")
     rig.publish("triage", 2.0)
-    plain = rig.engine.log_probabilities
-
-    def busy(model: str, *rest: Any) -> list[float]:
-        if model.startswith("triage"):
-            raise httpx.ReadTimeout("slow")
-        return plain(model, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(rig.engine, "log_probabilities", busy)
+        make_busy(rig, patch)
         assert not rig.sidecar.look()
         assert rig.serving == {"kubectl": first}, "the one that is proven answers already"
         assert not rig.ready()
@@ -711,13 +716,10 @@ def test_an_engine_too_busy_for_canaries_in_an_outage_does_not_refuse_for_good(
             raise StoreError("registry: 503")
         return resolve(target, tag)
 
-    def busy(*_: Any) -> list[float]:
-        raise httpx.ReadTimeout("slow")
-
     monkeypatch.setattr(rig.store, "resolve", first_fails)
     restart(rig)
     with monkeypatch.context() as patch:
-        patch.setattr(rig.engine, "log_probabilities", busy)
+        make_busy(rig, patch)
         assert not rig.sidecar.look()
     assert rig.sidecar.look()
     assert (rig.serving, rig.told.refused) == ({"triage": digest}, {})
