@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -35,6 +36,7 @@ from serving.requests import CHAT, COMPLETIONS, FIELDS
 
 HANG_SECONDS = 30.0
 AT_ONCE = 6
+TOLD_EACH = 1000  # requests: a minute or so
 CONTEXT = 256  # tokens; short, so that even an unlimited answer ends soon on two cores
 TIERS = {
     "fuzz": {
@@ -187,7 +189,8 @@ def _case(number: int, rng: random.Random, models: tuple[str, ...], known: Mappi
         if rng.random() < 0.15:
             _spoil(body, rng, values)
     # The same route as Azure OpenAI's clients know it; there the deployment is the model.
-    azure = f"/openai/deployments/{body['model']}{path.removeprefix('/v1')}?api-version=2024-10-21"
+    deployment = quote(str(body["model"]), safe="", errors="surrogatepass")
+    azure = f"/openai/deployments/{deployment}{path.removeprefix('/v1')}?api-version=2024-10-21"
     return Case(number, azure if rng.random() < 0.05 else path, json.dumps(body).encode())
 
 
@@ -380,6 +383,9 @@ class Attack:
 
             async def user() -> None:
                 for case in requests:
+                    if case.number > 0 and case.number % TOLD_EACH == 0:
+                        left = "" if until == float("inf") else f", ETA {(until - time.monotonic()) / 60:.0f} min"
+                        print(f"request {case.number}: {len(self.faults)} kinds of fault{left}", flush=True)
                     await self._try(client, case)
                     if self.lost or time.monotonic() > until:
                         return
@@ -400,6 +406,7 @@ class Attack:
             self.lost = list(self.recent)
         elif fault.kind not in self.faults:
             self.faults[fault.kind] = fault
+            print(f"request {case.number}: {words}", flush=True)
             self.faults[fault.kind] = Fault(words, case, answer, await self.least(client, fault))
 
     async def least(self, client: httpx.AsyncClient, fault: Fault) -> Case:
