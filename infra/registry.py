@@ -14,6 +14,7 @@ from infra.roles import ACR_PULL, grant
 # throttles by address, stops neither a new node nor a build. Upstreams that need no credentials only.
 CACHE = {
     "nvcr.io/nvidia/k8s-device-plugin": "cache/nvidia/k8s-device-plugin",
+    "nvcr.io/nvidia/k8s/dcgm-exporter": "cache/nvidia/dcgm-exporter",
     "public.ecr.aws/docker/library/python": "cache/python",
 }
 

@@ -2,8 +2,8 @@
 
 Our pods' metrics have `kubernetes_namespace` (workloads/metrics.py), those of kube-state-metrics have `namespace`. Of
 the latter AKS keeps a part (its minimal ingestion profile, otelcollector/shared/configmap/mp in
-Azure/prometheus-collector); what is used here and not among them is in `workloads.metrics.KEPT`. HAProxy's metrics are
-not collected.
+Azure/prometheus-collector); what is used here and not among them is in `workloads.metrics.KEPT`. On GPUs' metrics
+`namespace` and `pod` are those of the pod that has the GPU (workloads/gpu_metrics.py).
 
 No alert is about an expiry, for nothing here expires by itself: pods sign in by tokens that the kubelet renews, AKS
 renews its own certificates, and API keys hold until they are removed. A Hugging Face token may: then
@@ -16,10 +16,12 @@ import math
 from collections.abc import Iterator
 
 from infra.alerts import Alert
+from infra.identities import KAITO_TUNING
 from infra.settings import Environment
 from workloads.engine import startup_seconds
+from workloads.gpu_metrics import PROGRAMS_XIDS, SLOWED
 from workloads.metrics import NAMESPACE_LABEL
-from workloads.namespaces import SERVING, TUNING
+from workloads.namespaces import GPU, SERVING, TUNING
 from workloads.scaling import NODE_SECONDS
 from workloads.tuning import HASH_LENGTH
 
@@ -37,6 +39,7 @@ _EVALUATION_SECONDS = 1800  # what comes after the last step, and counts against
 _DEADLINE_SHARE = 0.9
 
 KV_CACHE_FULL = 0.9
+FRONT_FULL = 0.8
 REGISTRY_SECONDS = 600
 FEW = 5  # requests in ten minutes: what less of them have says nothing
 RESTARTS = 2  # in half an hour; one is a hang that the liveness probe mended
@@ -47,27 +50,30 @@ def alerts(env: Environment) -> tuple[Alert, ...]:
 
     Of what KAITO serves none, as managed Prometheus does not see it (docs/kaito.md).
     """
+    gpus = _gpus() if env.cluster.gpu_metrics else ()
     if env.serving.runtime == "kaito":
-        return tuple(_tuning(env))
-    return (*_tuning(env), *_serving(env), *_eyes(env))
+        return (*_tuning(env), *gpus)
+    return (*_tuning(env), *_serving(env), *gpus, *_eyes(env))
 
 
 def _tuning(env: Environment) -> Iterator[Alert]:
-    failed = f'kube_job_failed{{{_JOBS},condition="true"}} == 1'
-    ended_at_once = f'kube_job_status_failed{{{_JOBS},reason!~"{_RETRIED}"}} > 0'
+    by_kaito = env.tuning.runtime == "kaito"
+    jobs = f'namespace=~"{TUNING}|{SERVING}|{KAITO_TUNING}"' if by_kaito else _JOBS
+    failed = f'kube_job_failed{{{jobs},condition="true"}} == 1'
+    ended_at_once = f'kube_job_status_failed{{{jobs},reason!~"{_RETRIED}"}} > 0'
     yield Alert(
         "GateFailed",
         # Nobody retries exit code 3, and it comes after tuning; the pod's own metrics are gone with it.
         f"{failed} and on (namespace, job_name) {ended_at_once} "
-        f"and on (namespace, job_name) {_init_container('Completed', container='tune')}",
+        f"and on (namespace, job_name) {_init_container('Completed', container='adopt' if by_kaito else 'tune')}",
         0,
         2,
         "{{ $labels.job_name }}: the adapter did not pass its gate; replicas stay on the version before",
     )
     yield Alert(
         "JobFailed",
-        f'{failed} and on (namespace, job_name) (kube_job_status_failed{{{_JOBS},reason=~"{_RETRIED}"}} == 1 '
-        f'or kube_job_failed{{{_JOBS},job_name!~"tune-.+",condition="true"}} '
+        f'{failed} and on (namespace, job_name) (kube_job_status_failed{{{jobs},reason=~"{_RETRIED}"}} == 1 '
+        f'or kube_job_failed{{{jobs},job_name!~"tune-.+",condition="true"}} '
         f"or {_init_container('.*Error|OOMKilled')})",
         0,
         2,
@@ -169,6 +175,23 @@ def _serving(env: Environment) -> Iterator[Alert]:
         0,
         "{{ $value }} of the requests end in an error of ours (as a share)",
     )
+    yield Alert(
+        "RequestsBroken",
+        # What ends between clients and engines, or with an engine, no engine counts.
+        f"{_broken('rate')} / ({_broken('rate')} + (sum(rate({all_of}[10m])) or vector(0))) > {share:g} "
+        f"and {_broken('increase')} > {FEW}",
+        5,
+        0,
+        "{{ $value }} of the requests got no whole answer, and no engine knows of it (as a share)",
+    )
+    yield Alert(
+        "FrontFull",
+        f"haproxy_frontend_current_sessions{{{_SERVING}}} "
+        f"/ haproxy_frontend_limit_sessions{{{_SERVING}}} > {FRONT_FULL}",
+        5,
+        1,
+        "{{ $labels.kubernetes_pod_name }}: {{ $value }} of the connections that it takes are open (as a share)",
+    )
     first = f"drydock_time_to_first_token_seconds_%s{{{_SERVING}}}[10m]"
     yield Alert(
         "FirstTokenLate",
@@ -195,17 +218,64 @@ def _serving(env: Environment) -> Iterator[Alert]:
     )
 
 
+def _gpus() -> Iterator[Alert]:
+    """Of the GPUs of our pools, whoever has them."""
+    broken = ("ROW_REMAP_FAILURE", "ROW_REMAP_PENDING", "RETIRED_PENDING")
+    yield Alert(
+        "GpuFaulty",
+        # What the exporter counts is forgotten after five minutes, and what DCGM calls the last error never is.
+        f'max by (node, gpu, xid) (max_over_time(DCGM_EXP_XID_ERRORS_COUNT{{xid!~"|0|{PROGRAMS_XIDS}"}}[1h])) > 0 or '
+        + " or ".join(f"max by (node, gpu) (DCGM_FI_DEV_{name}) > 0" for name in broken)
+        # Of AKS's own node problem detector: of a GPU that is not there, DCGM says nothing.
+        + ' or max by (node, condition) (kube_node_status_condition{condition=~"GPUMissing|NVLinkStatusInactive",'
+        'status="true"}) == 1',
+        0,
+        1,
+        "{{ $labels.node }}: a GPU is broken, or its memory is; what runs on it may fail or not start again",
+    )
+    yield Alert(
+        "GpuSlowed",
+        f"max by (node, gpu, clock_event) (DCGM_EXP_CLOCK_EVENTS_COUNT{{{SLOWED}}}) > 0",
+        15,
+        2,
+        "{{ $labels.node }}: GPU {{ $labels.gpu }} runs slower than it could ({{ $labels.clock_event }})",
+    )
+    yield Alert(
+        "GpuIdle",
+        # Replicas may be idle: they wait for requests on purpose.
+        f'max by (node, pod) (max_over_time(DCGM_FI_DEV_GPU_UTIL{{namespace="{TUNING}"}}[10m])) == 0',
+        20,
+        1,
+        "{{ $labels.pod }} has had a GPU for half an hour and done nothing with it",
+    )
+
+
 def _eyes(env: Environment) -> Iterator[Alert]:
     """Without metrics none of the others could fire."""
     available = f'kube_deployment_status_replicas_available{{namespace="{SERVING}",deployment="engine"}}'
     engines = f"vllm:num_requests_running{{{_SERVING}}}"
+    gpus = ""
+    if env.cluster.gpu_metrics:
+        gpus = (
+            ' or max by (node) (kube_node_status_allocatable{resource="nvidia_com_gpu"}) > 0 '
+            f'unless on (node) up{{{NAMESPACE_LABEL}="{GPU}"}} == 1'
+        )
     yield Alert(
         "MetricsMissing",
-        f"absent({available}) or absent({engines}) and on () {available} > 0",
+        f"absent({available}) or absent({engines}) and on () {available} > 0{gpus}",
         15,
         1,
-        "No metrics come from the cluster or from its engines: no other alert can be relied on",
+        "No metrics come from the cluster, from its engines or from a node's GPUs: no other alert can be relied on",
     )
+
+
+def _broken(of: str) -> str:
+    """`of` (rate, increase) what HAProxy could not bring to its router, or got no whole answer for."""
+    sums = (
+        f"(sum({of}(haproxy_backend_{what}_errors_total{{{_SERVING}}}[10m])) or vector(0))"
+        for what in ("connection", "response")
+    )
+    return f"({' + '.join(sums)})"
 
 
 def _init_container(reason: str, container: str = ".+") -> str:

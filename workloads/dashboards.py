@@ -16,6 +16,7 @@ from typing import Any, Literal
 from common import cli, exits
 from infra import prices
 from infra.settings import Environment
+from workloads.gpu_metrics import SLOWED
 from workloads.metrics import NAMESPACE_LABEL
 from workloads.namespaces import SERVING, TUNING
 
@@ -32,10 +33,14 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 _S = f'{NAMESPACE_LABEL}="{SERVING}"'
 _T = f'{NAMESPACE_LABEL}="{TUNING}"'
+_FRONT = f'{_S},proxy="clients"'
 _OURS = f'namespace=~"{TUNING}|{SERVING}"'
 _GPU = 'resource="nvidia_com_gpu"'
 _SPOT = 'key="kubernetes.azure.com/scalesetpriority",value="spot"'
+_DOWN = 'key=~"ToBeDeletedByClusterAutoscaler|karpenter.sh/disrupted"'  # the autoscaler's mark, and Karpenter's
+_DRAINED = 'key="remediator.kubernetes.azure.com/unschedulable"'  # AKS's own, when Azure takes a node (node-auto-drain)
 _POD = "{{kubernetes_pod_name}}"
+_GPU_OF = "{{node}} {{gpu}} {{pod}}"
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,7 @@ def _tuning(usd: float | None) -> Board:
 def _serving() -> Board:
     requests = f"rate(drydock_requests_total{{{_S}}}[{RATE}])"
     errors = f'rate(drydock_requests_total{{{_S},outcome="error"}}[{RATE}])'
+    answers = f"rate(haproxy_frontend_http_responses_total{{{_FRONT}}}[{RATE}])"
     return Board(
         "serving",
         "Drydock: serving",
@@ -266,6 +272,48 @@ def _serving() -> Board:
                     "Share of errors",
                     "percentunit",
                     {"errors": f"(sum({errors}) or vector(0)) / sum({requests})"},
+                ),
+            ],
+            "Front": [
+                Panel(
+                    "Answers by status",
+                    "reqps",
+                    {"{{code}}": f"sum by (code) ({answers}) > 0"},
+                    width=6,
+                    stacked=True,
+                    description="What clients got of HAProxy, its own refusals and the kubelet's probes included.",
+                ),
+                Panel(
+                    "Connections",
+                    "none",
+                    {
+                        _POD: f"haproxy_frontend_current_sessions{{{_FRONT}}}",
+                        "the most a pod takes": f"max(haproxy_frontend_limit_sessions{{{_FRONT}}})",
+                    },
+                    width=6,
+                    log=True,
+                    description="It has no queue of its own: beyond the most they wait in the kernel, uncounted.",
+                ),
+                Panel(
+                    "Broken",
+                    "reqps",
+                    {
+                        "no router": f"sum(rate(haproxy_backend_connection_errors_total{{{_S}}}[{RATE}]))",
+                        "tried again": f"sum(rate(haproxy_backend_retry_warnings_total{{{_S}}}[{RATE}]))",
+                        "no whole answer": f"sum(rate(haproxy_backend_response_errors_total{{{_S}}}[{RATE}]))",
+                    },
+                    width=6,
+                    description="Engines count none of it. No whole answer: a router or a replica went meanwhile.",
+                ),
+                Panel(
+                    "Cut short by clients",
+                    "reqps",
+                    {
+                        "too slow, or no HTTP": f"sum(rate(haproxy_frontend_request_errors_total{{{_FRONT}}}[{RATE}]))",
+                        "left before the end": f"sum(rate(haproxy_backend_client_aborts_total{{{_S}}}[{RATE}]))",
+                    },
+                    width=6,
+                    description="Headers or a body that took 10 s got 408; connections without a request count too.",
                 ),
             ],
             "Latency": [
@@ -375,6 +423,12 @@ def _serving() -> Board:
 
 def _fleet() -> Board:
     kv_cache, spot = f"vllm:kv_cache_usage_perc{{{_S}}}", f"kube_node_spec_taint{{{_SPOT}}}"
+    # Not what one failed scrape does not show.
+    gone = f"(max_over_time({spot}[5m] offset 5m) unless on (node) max_over_time({spot}[5m]))"
+    marked = (
+        f"(max_over_time(kube_node_spec_taint{{{_DOWN}}}[10m]) "
+        f"unless on (node) max_over_time(kube_node_spec_taint{{{_DRAINED}}}[10m]))"
+    )
     ready = 'kube_node_status_condition{condition="Ready",status="true"}'
     pool = 'label_replace(kube_node_info, "pool", "$1", "node", "aks-([^-]+)-.*")'
     return Board(
@@ -404,6 +458,28 @@ def _fleet() -> Board:
                     {"mean": f"avg({kv_cache})", "most": f"max({kv_cache})"},
                     limits=(0, 1),
                 ),
+                Panel(
+                    "Busy",
+                    "percentunit",
+                    {_GPU_OF: "DCGM_FI_DEV_GPU_UTIL / 100"},
+                    limits=(0, 1),
+                    description="Share of the time in which a kernel ran: full says at work, not fast.",
+                ),
+                Panel("Memory in use, by GPU", "bytes", {_GPU_OF: "DCGM_FI_DEV_FB_USED * 1048576"}),
+                Panel("Power", "watt", {_GPU_OF: "DCGM_FI_DEV_POWER_USAGE"}),
+                Panel("Temperature", "celsius", {_GPU_OF: "DCGM_FI_DEV_GPU_TEMP"}),
+                Panel(
+                    "Xid errors within five minutes",
+                    "none",
+                    {f"{_GPU_OF} xid {{{{xid}}}}": 'DCGM_EXP_XID_ERRORS_COUNT{xid!~"|0"}'},
+                    description="By NVIDIA's number; 13, 31, 43, 45, 68 and 109 are a program's own.",
+                ),
+                Panel(
+                    "Clocks slowed down",
+                    "none",
+                    {f"{_GPU_OF} {{{{clock_event}}}}": f"DCGM_EXP_CLOCK_EVENTS_COUNT{{{SLOWED}}} > 0"},
+                    description="Samples of five minutes: by heat or power, beyond the cap that belongs to the GPU.",
+                ),
             ],
             "Nodes": [
                 Panel(
@@ -422,11 +498,10 @@ def _fleet() -> Board:
                     "none",
                     {
                         "there": f"count({spot})",
-                        # Not what one failed scrape does not show.
-                        "went within five minutes": f"count(max_over_time({spot}[5m] offset 5m) "
-                        f"unless on (node) max_over_time({spot}[5m])) or vector(0)",
+                        "scaled down within five minutes": f"count({gone} and on (node) {marked}) or vector(0)",
+                        "taken away within five minutes": f"count({gone} unless on (node) {marked}) or vector(0)",
                     },
-                    description="Gone ones were taken away by Azure or scaled down: no metric tells which.",
+                    description="Taken away: the autoscaler had not marked it, or AKS drained it for Azure.",
                 ),
                 Panel(
                     "Memory in use",

@@ -61,7 +61,7 @@ class DevicePlugin(pulumi.ComponentResource):
                         ),
                         automount_service_account_token=False,
                         enable_service_links=False,
-                        affinity=_nodes(args.pools),
+                        affinity=on_pools(args.pools),
                         tolerations=tolerations(GPU_TAINT, SPOT_TAINT),
                         containers=[container],
                         volumes=[
@@ -78,7 +78,7 @@ class DevicePlugin(pulumi.ComponentResource):
         self.register_outputs({})
 
 
-def _nodes(pools: Sequence[str]) -> core.v1.AffinityArgs:
+def on_pools(pools: Sequence[str]) -> core.v1.AffinityArgs:
     """A node selector takes one value of a label; an affinity takes any of several."""
     ours = core.v1.NodeSelectorRequirementArgs(key=POOL_LABEL, operator="In", values=list(pools))
     return core.v1.AffinityArgs(

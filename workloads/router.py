@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from infra.outputs import CLIENT_LABEL
 from workloads.engine import LABELS as ENGINE_LABELS
 from workloads.engine import PORT as ENGINE_PORT
 from workloads.engine import ROUTER_LABELS
-from workloads.metrics import scraped
+from workloads.metrics import FRONT_PORT, scraped
 from workloads.namespaces import SERVING
 from workloads.placement import apps_node_selector
 from workloads.pods import container_security, http_probe, mount, pod_security, resources, scratch, spread
@@ -26,6 +27,7 @@ from workloads.policies import (
 )
 
 SERVICE = "drydock"
+ACCOUNT = "router"
 PORT = 8080
 METRICS = 29000
 ROUTER_PORT = 8081  # inside the pod alone
@@ -39,14 +41,32 @@ GRACE_SECONDS = PRE_STOP_SECONDS + REQUEST_SECONDS + 15
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """The pods that the router leads to: those with `labels`, at `port`. `health`: the path that is asked of each.
+
+    In another `namespace` than the router's, whoever makes them lets it read the pods there, and reach them.
+    """
+
+    labels: Mapping[str, str]
+    namespace: pulumi.Input[str]
+    port: int
+    health: str
+
+
+@dataclass(frozen=True)
 class RouterArgs:
-    """`vnet_ranges`: who may ask from outside the cluster, with expose `vnet`; `nodes`: the most of pool `apps`."""
+    """`vnet_ranges`: who may ask from outside the cluster, with expose `vnet`; `nodes`: the most of pool `apps`.
+
+    `replicas`: other ones than the pods of our Deployment. `after`: what must be there before it leads to them.
+    """
 
     image: pulumi.Input[str]  # by digest
     expose: Literal["cluster", "vnet"]
     vnet_ranges: tuple[str, ...]
     nodes: int
     namespace: pulumi.Input[str] = SERVING
+    replicas: Replicas | None = None
+    after: Sequence[pulumi.Resource] = ()
 
 
 class Router(pulumi.ComponentResource):
@@ -63,7 +83,7 @@ class Router(pulumi.ComponentResource):
             "router",
             args.namespace,
             labels=ROUTER_LABELS,
-            ingress=[_from_clients(args), ingress_scrape(METRICS)],
+            ingress=[_from_clients(args), ingress_scrape(METRICS, FRONT_METRICS)],
             egress=[egress_to(ENGINE_LABELS, ENGINE_PORT), egress_https()],  # HTTPS: the API server
             resource_name=f"{name}-network",
             opts=child,
@@ -96,7 +116,7 @@ class Router(pulumi.ComponentResource):
                     spec=_pod(args, account),
                 ),
             ),
-            opts=patient,
+            opts=pulumi.ResourceOptions.merge(patient, pulumi.ResourceOptions(depends_on=list(args.after))),
         )
         vnet = args.expose == "vnet"
         service = core.v1.Service(
@@ -122,7 +142,7 @@ class Router(pulumi.ComponentResource):
 
     def _account(self, name: str, args: RouterArgs, child: pulumi.ResourceOptions) -> pulumi.Output[str]:
         """Service account `router`, the only one of ours with a token for the API server: it may read pods."""
-        metadata = meta.v1.ObjectMetaArgs(name="router", namespace=args.namespace)
+        metadata = meta.v1.ObjectMetaArgs(name=ACCOUNT, namespace=args.namespace)
         account = core.v1.ServiceAccount(
             f"{name}-account", metadata=metadata, automount_service_account_token=True, opts=child
         )
@@ -178,6 +198,7 @@ def _from_clients(args: RouterArgs) -> networking.v1.NetworkPolicyIngressRuleArg
 
 
 def _pod(args: RouterArgs, account: pulumi.Input[str]) -> core.v1.PodSpecArgs:
+    behind = args.replicas or Replicas(ENGINE_LABELS, args.namespace, ENGINE_PORT, "/ready")
     return core.v1.PodSpecArgs(
         service_account_name=account,
         automount_service_account_token=True,  # it watches pods
@@ -203,7 +224,10 @@ def _pod(args: RouterArgs, account: pulumi.Input[str]) -> core.v1.PodSpecArgs:
                         ("FRONT_METRICS_PORT", str(FRONT_METRICS)),
                     )
                 ],
-                ports=[core.v1.ContainerPortArgs(name="http", container_port=PORT)],
+                ports=[
+                    core.v1.ContainerPortArgs(name="http", container_port=PORT),
+                    core.v1.ContainerPortArgs(name=FRONT_PORT, container_port=FRONT_METRICS),
+                ],
                 resources=resources(cpu="250m", cpu_limit="2", memory="256Mi", storage="256Mi"),
                 # Not /readiness, which is 503 without replicas: a Service without endpoints answers nobody, where the
                 # router says 503, retries, and counts the requests that wake a pool up. It lists the pods within a
@@ -222,7 +246,9 @@ def _pod(args: RouterArgs, account: pulumi.Input[str]) -> core.v1.PodSpecArgs:
                 command=[
                     *("python", "-m", "serving.router", "--host", "127.0.0.1", "--port", str(ROUTER_PORT)),
                     *("--metrics-host", "0.0.0.0", "--metrics-port", str(METRICS)),
-                    *("--selector", "app=engine", "--namespace", args.namespace, "--replica-port", str(ENGINE_PORT)),
+                    *(word for key, value in behind.labels.items() for word in ("--selector", f"{key}={value}")),
+                    *("--namespace", behind.namespace, "--replica-port", str(behind.port)),
+                    *(("--replica-health", behind.health) if args.replicas else ()),
                 ],
                 ports=[core.v1.ContainerPortArgs(name="metrics", container_port=METRICS)],
                 resources=resources(cpu="500m", cpu_limit="2", memory="1Gi", storage="1Gi"),

@@ -13,19 +13,24 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
+from common.processes import free_ports
 from infra.alerts import rules_file
 from serving.sidecar import Metrics
 from serving.startup import Phases
 from tests.contract.conftest import Replica
+from tests.contract.test_front import CONFIG, Front, running_front
+from tests.contract.test_router import Quiet, serving
 from tests.unit.promql import metrics
 from tests.unit.test_environment import environment
 from training.progress import Progress
 from workloads.alerts import alerts
 from workloads.dashboards import RATE, dashboards
-from workloads.metrics import KEPT
+from workloads.gpu_metrics import COUNTERS
+from workloads.metrics import FRONT_KEPT, KEPT
 
 HERE = Path(__file__).parent
 CASES: dict[str, list[dict[str, Any]]] = yaml.safe_load((HERE / "alerts.yaml").read_text())
+LISTED = {line for line in (HERE / "metrics.txt").read_text().splitlines() if line and line[0] != "#"}
 ALERTS = alerts(environment())
 SLEEPING = alerts(environment(serving='{"pool": "a100", "min_replicas": 0, "max_replicas": 2}'))
 
@@ -49,8 +54,7 @@ def known(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> set[str
         registries[-1].register(Phases(folder))
         texts = [generate_latest(registry).decode() for registry in registries]
     texts.append(httpx.get(f"{replica.url}/metrics", timeout=10).text)
-    listed = {line for line in (HERE / "metrics.txt").read_text().splitlines() if line and line[0] != "#"}
-    return listed.union(KEPT, *map(exposed, texts))
+    return LISTED.union(KEPT, FRONT_KEPT, *map(exposed, texts))
 
 
 @pytest.mark.parametrize("alert", {alert.name: alert for alert in (*SLEEPING, *ALERTS)}.values(), ids=lambda a: a.name)
@@ -67,6 +71,72 @@ def test_what_a_dashboard_asks_is_there(known: set[str], name: str) -> None:
         if (unknown := metrics(target["expr"]) - known)
     }
     assert missing == {}
+
+
+ASKED = set().union(
+    *(metrics(alert.expression) for alert in ALERTS),
+    *(
+        metrics(target["expr"])
+        for board in dashboards(1.0).values()
+        for panel in board["panels"]
+        for target in panel.get("targets", ())
+    ),
+)
+
+
+haproxy = pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("haproxy", "dumb-init")), reason="needs haproxy and dumb-init"
+)
+
+
+def front_metrics(front: Front) -> str:
+    return httpx.get(f"http://127.0.0.1:{front.metrics_port}/metrics", timeout=10).text
+
+
+@haproxy
+def test_of_haproxy_what_is_kept_is_there_and_asked(tmp_path: Path) -> None:
+    [nobody] = free_ports(1)
+    with running_front(tmp_path, nobody) as front:
+        assert set(FRONT_KEPT) - exposed(front_metrics(front)) == set()
+    assert set(FRONT_KEPT) == {name for name in ASKED if name.startswith("haproxy_")}
+
+
+class Breaks(Quiet):
+    """Stands for a router that ends at a request."""
+
+    def do_POST(self) -> None:
+        self.close_connection = True
+
+
+@haproxy
+def test_haproxy_counts_as_panels_and_alerts_say(tmp_path: Path) -> None:
+    config = tmp_path / "front.cfg"
+    config.write_text(re.sub(r"timeout http-request \d+s", "timeout http-request 1s", CONFIG.read_text()))
+
+    def counted(front: Front) -> dict[str, float]:
+        found = re.findall(r'^haproxy_(\w+_total)\{proxy="(?:clients|router)"\} (\S+)$', front_metrics(front), re.M)
+        return {name: float(value) for name, value in found if f"haproxy_{name}" in FRONT_KEPT}
+
+    [nobody] = free_ports(1)
+    with running_front(tmp_path, nobody, config) as front:
+        assert httpx.post(f"{front.url}/v1/completions", json={}, timeout=20).status_code == 503
+        assert counted(front) == {
+            "backend_client_aborts_total": 0, "backend_connection_errors_total": 1, "backend_response_errors_total": 0,
+            "backend_retry_warnings_total": 3, "frontend_request_errors_total": 0,
+        }  # fmt: skip
+    with serving(Breaks) as router, running_front(tmp_path, router.server_port, config) as front:
+        assert httpx.post(f"{front.url}/v1/completions", json={}, timeout=20).status_code == 502
+        assert front.raw(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Le").startswith(b"HTTP/1.1 408 ")
+        assert counted(front) == {
+            "backend_client_aborts_total": 0, "backend_connection_errors_total": 0, "backend_response_errors_total": 1,
+            "backend_retry_warnings_total": 0, "frontend_request_errors_total": 1,
+        }  # fmt: skip
+
+
+def test_of_dcgm_what_is_counted_is_known_and_asked() -> None:
+    counted = {name for name, _ in COUNTERS}
+    assert counted == {name for name in LISTED if name.startswith("DCGM_")}
+    assert counted == {name for name in ASKED if name.startswith("DCGM_")}
 
 
 def test_a_name_that_is_not_there_would_be_found(known: set[str]) -> None:
@@ -93,6 +163,48 @@ def test_prometheus_reads_what_dashboards_ask(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     said = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, text=True)
     assert f"{len(queries)} rules found" in said.stdout, said.stdout + said.stderr
+
+
+TAINT = 'kube_node_spec_taint{node="%s",key="%s",value="%s"}'
+SPOT_TAINT = ("kubernetes.azure.com/scalesetpriority", "spot")
+
+
+@promtool
+@pytest.mark.parametrize(
+    ("marks", "down", "taken"),
+    [
+        ([], 0, 1),
+        ([("ToBeDeletedByClusterAutoscaler", "1790000000")], 1, 0),
+        ([("karpenter.sh/disrupted", "")], 1, 0),
+        ([("remediator.kubernetes.azure.com/unschedulable", "")], 0, 1),
+        ([("remediator.kubernetes.azure.com/unschedulable", ""), ("karpenter.sh/disrupted", "")], 0, 1),
+    ],
+    ids=["nothing", "autoscaler", "karpenter", "azure", "azure, then karpenter"],
+)
+def test_a_spot_node_that_is_taken_away_is_told_from_one_that_is_scaled_down(
+    tmp_path: Path, marks: list[tuple[str, str]], down: int, taken: int
+) -> None:
+    (panel,) = (panel for panel in dashboards()["fleet"]["panels"] if panel["title"] == "Spot nodes")
+    asked = {target["legendFormat"]: target["expr"] for target in panel["targets"]}
+    series = {TAINT % ("stays", *SPOT_TAINT): "1x20", TAINT % ("goes", *SPOT_TAINT): "1x10"}
+    series |= {TAINT % ("goes", *mark): "_x9 1x1" for mark in marks}
+    wanted = {"there": 1, "scaled down within five minutes": down, "taken away within five minutes": taken}
+    plan = {
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [
+                    {"expr": asked[legend], "eval_time": "17m", "exp_samples": [{"labels": "{}", "value": value}]}
+                    for legend, value in wanted.items()
+                ],
+            }
+        ],
+    }
+    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    said = subprocess.run(["promtool", "test", "rules", tmp_path / "tests.yaml"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
 
 
 def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() -> None:

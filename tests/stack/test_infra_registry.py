@@ -55,6 +55,7 @@ def test_public_images_come_through_the_cache() -> None:
     rules = {item.inputs["sourceRepository"]: item.inputs for item in made()[0].of(":CacheRule")}
     assert {source: rule["targetRepository"] for source, rule in rules.items()} == {
         "nvcr.io/nvidia/k8s-device-plugin": "cache/nvidia/k8s-device-plugin",
+        "nvcr.io/nvidia/k8s/dcgm-exporter": "cache/nvidia/dcgm-exporter",
         "public.ecr.aws/docker/library/python": "cache/python",
     }
     assert all(rule["cacheRuleName"].replace("-", "").isalnum() for rule in rules.values())

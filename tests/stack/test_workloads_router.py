@@ -12,6 +12,7 @@ from infra.outputs import CLIENT_LABEL
 from serving.router import Pods, router_command
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import LOAD_BALANCER, Recorder, deploy
+from workloads.metrics import FRONT_PORT
 from workloads.router import GRACE_SECONDS, PRE_STOP_SECONDS, REQUEST_SECONDS, Router, RouterArgs
 
 IMAGE = "example.azurecr.io/drydock/router@sha256:" + "d" * 64
@@ -93,7 +94,16 @@ def test_who_gets_in() -> None:
         assert [peer["ipBlock"]["cidr"] for peer in peers if "ipBlock" in peer] == ranges
         spaces = [peer["namespaceSelector"]["matchLabels"] for peer in peers if "namespaceSelector" in peer]
         assert spaces == [CLIENT_LABEL] == [{"drydock/client": "true"}]
-        assert [int(item["port"]) for item in scrape["ports"]] == [29000]
+        assert [int(item["port"]) for item in scrape["ports"]] == [29000, 8405]
+        assert all(set(peer) == {"podSelector", "namespaceSelector"} for peer in scrape["from"])
+
+
+def test_prometheus_finds_both_of_its_ports() -> None:
+    annotations = deployment(declared())["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == "29000"
+    ports = {item["name"]: item["containerPort"] for item in containers(declared())["front"]["ports"]}
+    environment = {item["name"]: item["value"] for item in containers(declared())["front"]["env"]}
+    assert ports[FRONT_PORT] == int(environment["FRONT_METRICS_PORT"]) == 8405
 
 
 def test_what_gets_out_is_the_engines_and_the_api_server() -> None:

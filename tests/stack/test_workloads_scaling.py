@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from infra.settings import Serving
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, deploy
-from workloads.metrics import SIDECAR_PORT, Metrics, MetricsArgs, scrape_config, scraped
+from workloads.metrics import PORTS, Metrics, MetricsArgs, scrape_config, scraped
 from workloads.scaling import HPA_LONGEST_WINDOW, Scaling, ScalingArgs, asked, behavior, start_seconds
 
 PARAMETERS = 8_030_261_248
@@ -136,13 +136,30 @@ def test_prometheus_reads_annotated_pods_of_our_namespaces() -> None:
     }  # fmt: skip
 
 
-def test_sidecars_are_found_by_their_port_under_the_same_labels() -> None:
-    assert len(SIDECAR_PORT) <= 15  # Kubernetes' limit of a port's name
+def test_further_ports_are_found_by_their_name_under_the_same_labels() -> None:
+    assert all(len(port) <= 15 for port in PORTS), "Kubernetes' limit of a port's name"
     (job,) = yaml.safe_load(scrape_config(("drydock-serving",)))["scrape_configs"]
     assert job["relabel_configs"][0] == {
-        "source_labels": ["__meta_kubernetes_pod_container_port_name"], "action": "keep", "regex": SIDECAR_PORT,
+        "source_labels": ["__meta_kubernetes_pod_container_port_name"], "action": "keep", "regex": "|".join(PORTS),
     }  # fmt: skip
     assert {rule.get("target_label") for rule in job["relabel_configs"][2:]} == {
         "kubernetes_namespace",
         "kubernetes_pod_name",
+        "node",
     }
+
+
+def test_of_these_ports_what_nobody_asks_is_not_paid_for() -> None:
+    (job,) = yaml.safe_load(scrape_config(("drydock-serving",)))["scrape_configs"]
+    (rule,) = job["metric_relabel_configs"]
+    assert (rule["source_labels"], rule["action"]) == (["__name__"], "keep")
+    for name, kept in {
+        "drydock_adapter_serving": True,
+        "drydock_startup_seconds": True,
+        "DCGM_FI_DEV_GPU_UTIL": True,
+        "haproxy_frontend_http_responses_total": True,
+        "haproxy_process_uptime_seconds": False,
+        "haproxy_server_http_responses_total": False,
+        "haproxy_frontend_http_responses_total_created": False,
+    }.items():
+        assert bool(re.fullmatch(rule["regex"], name)) == kept, name

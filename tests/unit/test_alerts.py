@@ -85,6 +85,17 @@ def test_a_pool_that_may_sleep_is_not_missed_and_its_router_is() -> None:
     assert 'deployment=~"engine|router"' in by_name()["ServingDown"].expression
 
 
+def test_of_gpus_nothing_is_told_where_nobody_measures_them() -> None:
+    names = {"GpuFaulty", "GpuSlowed", "GpuIdle"}
+    images = '"kaito": {"adapter_images": {"domain-llama": null}}'
+    kaito = by_name(serving=f'{{"pool": "a100", "runtime": "kaito", "min_replicas": 2, "max_replicas": 2, {images}}}')
+    assert names <= set(by_name()) and names <= set(kaito), "there too, tuning is on our own nodes"
+    without = by_name(cluster='{"gpu_metrics": false}')
+    assert not names & set(without)
+    assert "up" in metrics(by_name()["MetricsMissing"].expression)
+    assert "up" not in metrics(without["MetricsMissing"].expression)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -15,7 +15,7 @@ from workloads.dashboards import COLUMNS, RATE, dashboards, main, usd_an_hour
 
 BOARDS = dashboards(3.67)
 # Of Grafana's own list (packages/grafana-data, valueFormats/categories.ts): what is used here.
-UNITS = {"none", "percentunit", "s", "bytes", "reqps", "ops", "cps", "sci", "currencyUSD"}
+UNITS = {"none", "percentunit", "s", "bytes", "reqps", "ops", "cps", "sci", "currencyUSD", "celsius", "watt"}
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
