@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 
-if "run" in sys.argv[1:2]:
+if sys.argv[1:2] in (["run"], ["worker"]):
     # before anything imports sockets or threads; the drills and the report do without gevent
     from gevent import monkey
 
     monkey.patch_all()
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,9 +26,14 @@ from stress.client import api_keys, check_target
 from stress.scenarios import DrillSpec
 from stress.spec import LoadSpec
 
+if TYPE_CHECKING:
+    from stress.workers import Workers
+
 EPILOG = f"""
 examples   python -m stress run --target http://127.0.0.1:8000 --dataset data.jsonl --out out --models kubectl triage
            ... --arrivals poisson --requests-per-second 5 --clients team=3 batch=1    # keys in DRYDOCK_API_KEYS
+           ... --workers 4                                       # by four processes of this machine, or of others:
+           ... --workers 4 --listen 0.0.0.0:5557, and on each:  python -m stress worker --master HOST:5557 --target URL
            python -m stress drill replica-loss --dataset data.jsonl --out out --models kubectl --timeout-seconds 300
            python -m stress report out
            in a pod with the rights for it: python -m stress drills --settings drills.json --target http://drydock ...
@@ -56,7 +62,9 @@ SCALARS: dict[str, type] = {
     "failure_pause_seconds": float,
     "request_timeout_seconds": float,
     "seed": int,
+    "workers": int,
 }
+JOIN_SECONDS = 60.0  # for a worker to come
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -131,10 +139,32 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument(
         "--push", metavar="DST", help="write the report afterwards and put OUT there: az://ACCOUNT/CONTAINER/PATH"
     )
+    run.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="with --workers: do not start them here, but wait for them at this address; whoever reaches it can be one",
+    )
+    run.add_argument(
+        "--join-seconds",
+        type=float,
+        default=JOIN_SECONDS,
+        metavar="N",
+        help="with --workers: wait so long for all of them [%(default)g]",
+    )
     run.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # the drills put their phases elsewhere
     run.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
     run.add_argument("--open-ended", action="store_true", help=argparse.SUPPRESS)
     _common(run)
+    worker = commands.add_parser(
+        "worker", help="make a part of the load of a `run --workers N --listen` elsewhere; keys as there"
+    )
+    worker.add_argument("--master", required=True, metavar="HOST:PORT", help="where that run listens")
+    worker.add_argument("--target", required=True, help="as for run")
+    worker.add_argument("--allow-remote", action="store_true", help="as for run")
+    worker.add_argument(
+        "--wait-seconds", type=float, default=JOIN_SECONDS, metavar="N", help="wait so long for it [%(default)g]"
+    )
+    worker.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
     drill = commands.add_parser("drill", help="break something and measure; writes OUT/drills/DRILL.json")
     drill.add_argument("drill", choices=["long-prompts", "replica-loss", "outage"])
     drill.add_argument("--fleet", type=Path, help="fleet file of the supervisor [OUT/fleet.json]")
@@ -153,7 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     several = commands.add_parser(
         "drills", help="break what serves in the cluster of this pod, one drill after the other, each judged"
     )
-    several.add_argument("--settings", type=Path, required=True, help="JSON with load, scenarios and bounds")
+    several.add_argument(
+        "--settings",
+        type=Path,
+        required=True,
+        help="JSON with load, scenarios and bounds; registry-unreachable is told to the sidecars, the network is left "
+        "alone",
+    )
     several.add_argument("--target", required=True, help="URL of the router")
     several.add_argument(
         "--dataset", type=Path, required=True, help="JSONL, or a folder of such files, for the prompts"
@@ -175,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
             return exits.OK
         if arguments.command == "run":
             return _run(arguments)
+        if arguments.command == "worker":
+            return _worker(arguments)
         return _drills(arguments) if arguments.command == "drills" else _drill(arguments)
     except SettingsError as error:
         print("\n".join(f"stress: {problem}" for problem in error.problems), file=sys.stderr)
@@ -197,30 +235,60 @@ def _run(arguments: argparse.Namespace) -> int:
 
     spec = load_spec(arguments)
     check_target(arguments.target, arguments.allow_remote)
+    if arguments.listen and spec.workers == 1:
+        raise SettingsError(["listen: one process makes this load by itself: raise workers, or leave it out"])
     keys = api_keys(spec.clients or ())
     rows = read_rows(arguments.dataset)
     folder = arguments.folder or arguments.out / "stress" / arguments.scenario
     place = None
-    if arguments.push:
-        from stress import delivery
+    with contextlib.ExitStack() as held:
+        # Before anything that may wait: they are told when it comes to nothing.
+        workers = held.enter_context(_workers(arguments, spec)) if spec.workers > 1 else None
+        if arguments.push:
+            from stress import delivery
 
-        place = delivery.opened(arguments.push, arguments.wait_seconds)
-    from stress.load import run
+            place = delivery.opened(arguments.push, arguments.wait_seconds)
+        from stress.load import run
 
-    code = run(
-        arguments.target,
-        spec,
-        rows,
-        folder,
-        keys=keys,
-        wait_seconds=arguments.wait_seconds,
-        follow_parent=arguments.follow_parent,
-        open_ended=arguments.open_ended,
-    )
+        code = run(
+            arguments.target,
+            spec,
+            rows,
+            folder,
+            keys=keys,
+            wait_seconds=arguments.wait_seconds,
+            follow_parent=arguments.follow_parent,
+            open_ended=arguments.open_ended,
+            workers=workers,
+        )
     if place is None or not (folder / "summary.json").exists():
         return code
     delivered = delivery.deliver(arguments.out, place)
     return code or delivered  # a breach is the news, whatever became of its report
+
+
+def _workers(arguments: argparse.Namespace, spec: LoadSpec) -> Workers:
+    from stress.workers import Workers, address
+
+    command = [sys.executable, "-m", "stress", "worker", "--target", arguments.target]
+    return Workers(
+        spec,
+        command=command + ["--allow-remote"] * arguments.allow_remote,
+        listen=address(arguments.listen) if arguments.listen else None,
+        join_seconds=arguments.join_seconds,
+    )
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    check_target(arguments.target, arguments.allow_remote)
+    from stress.workers import address, work
+
+    return work(
+        address(arguments.master),
+        arguments.target,
+        wait_seconds=arguments.wait_seconds,
+        follow_parent=arguments.follow_parent,
+    )
 
 
 def _drill(arguments: argparse.Namespace) -> int:

@@ -10,12 +10,14 @@ from stress.prompts import Turns
 from stress.spec import LoadSpec
 
 
-def due_seconds(rate: float, ramp_seconds: float, seed: int) -> Iterator[float]:
+def due_seconds(rate: float, ramp_seconds: float, seed: int | str) -> Iterator[float]:
     """Seconds from the start at which requests are due: a Poisson process, without end.
 
     Its rate rises evenly from 0 to `rate` (1/s) over `ramp_seconds` and then stays. Made from a process of rate 1 by
     the inverse of the expected count (Cinlar's time change), so the ramp is Poisson as well. Unlike `vllm bench serve`
     the times are not stretched afterwards to fit the mean rate exactly: in n arrivals it is off by about 1/sqrt(n).
+    Processes with seeds of their own are independent, so several of them together are a Poisson process at the sum of
+    their rates, in the ramp as well: that is how workers share one.
     """
     chance = random.Random(f"{seed}/arrivals")
     count, in_ramp = 0.0, rate * ramp_seconds / 2
@@ -41,6 +43,12 @@ class Mix:
     def client(self) -> str | None:
         """The next client; None if there is none to choose."""
         return self._next(("client",), self.spec.clients) if self.spec.clients else None
+
+    def users(self) -> Iterator[tuple[str | None, bool]]:
+        """Of each user of a closed loop its client, and whether it streams; without end."""
+        while True:
+            client = self.client()
+            yield client, self.stream(client)
 
     def model(self, client: str | None) -> str:
         """The next model of `client`."""

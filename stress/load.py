@@ -17,9 +17,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import gevent
 from gevent.event import Event
@@ -36,6 +37,9 @@ from stress.client import SURE_TIMES, Record, ask
 from stress.prompts import PromptSource
 from stress.spec import LoadSpec
 
+if TYPE_CHECKING:
+    from stress.workers import Workers
+
 PROGRESS_SECONDS = 2.0
 SURE_POLL_SECONDS = 0.5
 WAIT_POLL_SECONDS, WAIT_LINE_SECONDS = 2.0, 30.0  # between two attempts of a load that waits, and between its log lines
@@ -48,7 +52,11 @@ LATE_SHARE = 0.1  # of TTFT (else of latency), both p95: from there on an open l
 LONGEST_RETRY_AFTER_SECONDS = 120.0  # as OpenAI's Python client; our replicas say a minute at most
 
 
-class TargetError(Exception):
+class NotLoadedError(Exception):
+    """The load could not begin, and why."""
+
+
+class TargetError(NotLoadedError):
     """The target did not answer as a chat endpoint should; nothing was loaded. `lasting`: waiting would not help."""
 
     def __init__(self, text: str, *, lasting: bool = False) -> None:
@@ -102,17 +110,11 @@ def preflight(target: str, spec: LoadSpec, rows: list[dict[str, Any]], keys: Map
 
 
 class Load:
-    """One run: what it asks, its records, its end."""
+    """One run: what came of its requests, and its end. `keep` puts away each record."""
 
-    def __init__(
-        self, target: str, spec: LoadSpec, source: PromptSource, records: TextIO, keys: Mapping[str, str]
-    ) -> None:
-        self.target = target
+    def __init__(self, spec: LoadSpec, keep: Callable[[Record], None]) -> None:
         self.spec = spec
-        self.source = source
-        self.records = records
-        self.keys = keys
-        self.mix = Mix(spec)
+        self.keep = keep
         self.sent = self.done = self.failed = self.shed = self.not_sent = 0
         self.recent: deque[tuple[float, bool, float | None]] = deque(maxlen=5000)  # ended, failed, ttft_ms
         self.end: str | None = None
@@ -125,8 +127,50 @@ class Load:
         """Requests sent and not answered."""
         return self.sent - self.done
 
+    def note(self, record: Record) -> None:
+        """Count a request that has come to its end, or that was not sent."""
+        self.keep(record)
+        if record.error == figures.NOT_SENT:
+            self.not_sent += 1
+        else:
+            self.done += 1
+        refused = figures.shed(vars(record))
+        self.shed += refused
+        self.failed += record.error is not None and not refused
+        self.recent.append((time.time(), record.error is not None, record.ttft_ms))
+
+    def stop(self, reason: str, exit_code: int | None = None) -> None:
+        """End the run; the first reason counts, but that of the first failure, which has an exit code, before it."""
+        if self.end is None or (exit_code and not self.exit_code):
+            self.end = reason
+        self.exit_code = self.exit_code or exit_code
+        self.ended.set()
+
+
+class Sender:
+    """Sends a load's requests; as worker `index` of `of` its own prompts, arrivals and users, by the same seed.
+
+    The prompts are the load's, of which it takes every `of`-th, and so are the users' clients.
+    """
+
+    def __init__(
+        self, load: Load, target: str, source: PromptSource, keys: Mapping[str, str], *, index: int = 0, of: int = 1
+    ) -> None:
+        self.load = load
+        self.target = target
+        self.source = source
+        self.keys = keys
+        self.index, self.of = index, of
+        self.mix = Mix(load.spec)
+        self.users = islice(self.mix.users(), index, None, of)
+
+    @property
+    def seed(self) -> int | str:
+        """Of its arrivals."""
+        return self.load.spec.seed if self.of == 1 else f"{self.load.spec.seed}/{self.index}"
+
     def request(self, client: str | None, stream: bool) -> Record:
-        """Send the next request of `client`, whose model is the next in turn, and write its record."""
+        """Send the next request of `client`, whose model is the next in turn."""
         model = self.mix.model(client)
         return self._send(client, model, stream, None)
 
@@ -135,16 +179,16 @@ class Load:
         client = self.mix.client()
         model = self.mix.model(client)
         stream = self.mix.stream(client, model)
-        if self.in_flight < self.spec.max_in_flight:
+        if self.load.in_flight < self.load.spec.max_in_flight:
             self._send(client, model, stream, due)
             return
-        self.not_sent += 1
         at = time.time() - (time.perf_counter() - due)
-        self._note(Record(at, model, stream, error=figures.NOT_SENT, client=client))
+        self.load.note(Record(at, model, stream, error=figures.NOT_SENT, client=client))
 
     def _send(self, client: str | None, model: str, stream: bool, due: float | None) -> Record:
-        number, spec = self.sent, self.spec
-        self.sent += 1
+        load, spec = self.load, self.load.spec
+        number = load.sent * self.of + self.index
+        load.sent += 1
         long = self.mix.long(client, model, stream)
         record = ask(
             self.target,
@@ -158,36 +202,37 @@ class Load:
             key=self.keys[client] if client else None,
             due=due,
         )
-        self.done += 1
-        self._note(record)
+        load.note(record)
         return record
 
-    def _note(self, record: Record) -> None:
-        self.records.write(record.as_json() + "\n")
-        self.records.flush()
-        refused = figures.shed(vars(record))
-        self.shed += refused
-        self.failed += record.error is not None and not refused
-        self.recent.append((time.time(), record.error is not None, record.ttft_ms))
 
-    def stop(self, reason: str, exit_code: int | None = None) -> None:
-        """End the run; the first reason counts, but a signal's exit code always does."""
-        self.end = self.end or reason
-        self.exit_code = exit_code or self.exit_code
-        self.ended.set()
+class Arrivals:
+    """How a load's requests come about. Made by this process, they need no `check`, and none is left to `collect`."""
+
+    all_started = False
+
+    def start(self) -> None:
+        """Begin with the ramp."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Wait for the requests under way."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """End the load as failed if somebody who makes it is gone."""
+
+    def collect(self) -> None:
+        """Get what has been answered, at once; what is under way is given up."""
 
 
-class Closed:
+class Closed(Arrivals):
     """Locust's users: each sends, waits for the answer, thinks, sends again."""
 
-    def __init__(self, load: Load) -> None:
-        self.load = load
-        spec = load.spec
-        self.environment = Environment(user_classes=[_user_class(load)], stop_timeout=_drain_seconds(spec))
-        self.environment.events.user_error.add_listener(
-            lambda exception, **_: load.stop(f"a bug in the load itself: {exception!r}", exits.FAILED)
-        )
-        self.all_started = False
+    def __init__(self, sender: Sender) -> None:
+        self.spec = spec = sender.load.spec
+        self.environment = Environment(user_classes=[user_class(sender)], stop_timeout=drain_seconds(spec))
+        failed_by_users(self.environment, sender.load)
         self.environment.events.spawning_complete.add_listener(self._started)
         self.runner = self.environment.create_local_runner()
 
@@ -196,35 +241,35 @@ class Closed:
 
     def start(self) -> None:
         """Start the users, evenly over the ramp."""
-        spec = self.load.spec
-        self.runner.start(spec.users, spawn_rate=spec.users / spec.ramp_seconds if spec.ramp_seconds else spec.users)
+        self.runner.start(self.spec.users, spawn_rate=spawn_rate(self.spec))
 
     def stop(self) -> None:
         """Wait for the requests under way."""
         self.runner.stop()
 
 
-class Poisson:
+class Poisson(Arrivals):
     """Requests at independent times: a greenlet for each, whatever became of the others."""
 
     all_started = True
 
-    def __init__(self, load: Load) -> None:
-        self.load = load
+    def __init__(self, sender: Sender) -> None:
+        self.sender = sender
+        self.load = sender.load
         self.requests: Group = Group()
-        self.sender = gevent.Greenlet(self._send_all)
-        self.sender.link_exception(self._broken)
+        self.sending = gevent.Greenlet(self._send_all)
+        self.sending.link_exception(self._broken)
 
     def _send_all(self) -> None:
         load, spec, began = self.load, self.load.spec, time.perf_counter()
-        for number, seconds in enumerate(due_seconds(_rate(spec), spec.ramp_seconds, spec.seed)):
+        for number, seconds in enumerate(due_seconds(_rate(spec), spec.ramp_seconds, self.sender.seed)):
             due = began + seconds
             if load.ended.wait(max(0.0, due - time.perf_counter())):
                 return
             if number >= spec.max_requests:
                 load.stop(f"{spec.max_requests} requests were due")
                 return
-            request = gevent.Greenlet(load.request_due, due)
+            request = gevent.Greenlet(self.sender.request_due, due)
             request.link_exception(self._broken)
             self.requests.start(request)
 
@@ -233,18 +278,30 @@ class Poisson:
 
     def start(self) -> None:
         """Start sending."""
-        self.sender.start()
+        self.sending.start()
 
     def stop(self) -> None:
         """Wait for the requests under way."""
-        self.sender.join()
-        self.requests.join(timeout=_drain_seconds(self.load.spec))
+        self.sending.join()
+        self.requests.join(timeout=drain_seconds(self.load.spec))
         self.requests.kill()
 
 
-def _drain_seconds(spec: LoadSpec) -> float:
+def drain_seconds(spec: LoadSpec) -> float:
     """For the requests under way: connecting and the answer have a timeout each."""
     return spec.request_timeout_seconds * 2 + 5
+
+
+def spawn_rate(spec: LoadSpec) -> float:
+    """Users to start a second."""
+    return spec.users / spec.ramp_seconds if spec.ramp_seconds else spec.users
+
+
+def failed_by_users(environment: Environment, load: Load) -> None:
+    """A user of ours raises nothing: what one raises is a bug, and the load has failed."""
+    environment.events.user_error.add_listener(
+        lambda exception, **_: load.stop(f"a bug in the load itself: {exception!r}", exits.FAILED)
+    )
 
 
 def _rate(spec: LoadSpec) -> float:
@@ -252,8 +309,9 @@ def _rate(spec: LoadSpec) -> float:
     return spec.requests_per_second
 
 
-def _user_class(load: Load) -> type[User]:
-    spec = load.spec
+def user_class(sender: Sender) -> type[User]:
+    """Locust's user of this load; `stress.workers` names it to the master."""
+    load, spec = sender.load, sender.load.spec
 
     class ChatUser(User):  # type: ignore[misc]
         """Sends, waits for the answer, thinks, sends again."""
@@ -261,15 +319,14 @@ def _user_class(load: Load) -> type[User]:
         wait_time = constant(spec.think_seconds)
 
         def on_start(self) -> None:
-            self.client_name = load.mix.client()
-            self.stream = load.mix.stream(self.client_name)
+            self.client_name, self.stream = next(sender.users)
 
         @task  # type: ignore[untyped-decorator]
         def chat(self) -> None:
             if load.sent >= spec.max_requests:
                 load.stop(f"{spec.max_requests} requests sent")
                 raise StopUser
-            record = load.request(self.client_name, self.stream)
+            record = sender.request(self.client_name, self.stream)
             self.environment.events.request.fire(
                 request_type="chat",
                 name=record.model,
@@ -295,6 +352,7 @@ def run(
     wait_seconds: float = 0.0,
     follow_parent: bool = False,
     open_ended: bool = False,
+    workers: Workers | None = None,
 ) -> int:
     """Run the load, write `requests.jsonl` as it happens and `summary.json` at the end; return the exit code.
 
@@ -303,7 +361,8 @@ def run(
 
     SIGUSR1 ends it as if the time were up (requests under way are awaited); SIGINT and SIGTERM end it at once, with
     130 and 143 and without a summary. With `follow_parent` it also ends when the process that started it is gone;
-    `open_ended` only says that a SIGUSR1 is expected, so the time left is not foretold.
+    `open_ended` only says that a SIGUSR1 is expected, so the time left is not foretold. `workers` make the load
+    instead of this process, which asks the target beforehand, has the clock, writes and judges.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
@@ -315,22 +374,31 @@ def run(
     gevent.signal_handler(signal.SIGTERM, interrupts.append, exits.TERMINATED)
     gevent.signal_handler(signal.SIGUSR1, early_end.append, 1)
 
-    check = gevent.spawn(_preflight_within, wait_seconds, target, spec, rows, keys)
+    check = gevent.spawn(_prepared, workers, wait_seconds, target, spec, rows, keys)
     while not check.ready():
         gevent.sleep(0.05)
         if interrupts:
             return interrupts[0]
-    if isinstance(check.value, TargetError):
+    if isinstance(check.value, NotLoadedError):
         print(f"stress: {check.value}", file=sys.stderr)
         return exits.FAILED
     if check.value is None:  # a bug: gevent printed its traceback
         return exits.FAILED
 
-    source = PromptSource(rows, spec.seed, check.value)
     with (folder / "requests.jsonl").open("w", encoding="utf-8") as file:
-        load = Load(target, spec, source, file, keys)
+
+        def keep(record: Record) -> None:
+            file.write(record.as_json() + "\n")
+            file.flush()
+
+        load = Load(spec, keep)
         progress = Progress(load, open_ended)
-        arrivals = Closed(load) if spec.arrivals == "closed" else Poisson(load)
+        arrivals: Arrivals
+        if workers:
+            arrivals = workers.of(load)
+        else:
+            sender = Sender(load, target, PromptSource(rows, spec.seed, check.value), keys)
+            arrivals = Closed(sender) if spec.arrivals == "closed" else Poisson(sender)
         began = time.time()
         arrivals.start()
         drain: gevent.Greenlet | None = None
@@ -341,6 +409,7 @@ def run(
             if interrupts or (follow_parent and os.getppid() != parent):
                 code = interrupts[0] if interrupts else exits.TERMINATED
                 progress.close()
+                arrivals.collect()
                 print(
                     f"stress: stopped; {load.done + load.not_sent} requests are in {file.name}, no summary",
                     file=sys.stderr,
@@ -352,6 +421,7 @@ def run(
                 load.stop(f"{spec.duration_seconds:g} s are over")
             if early_end:
                 load.stop("asked to end")
+            arrivals.check()
             if load.end and drain is None:
                 ended = now
                 drain = gevent.spawn(arrivals.stop)
@@ -372,7 +442,7 @@ def run(
         "scenario": folder.name,
         "target": target,
         "spec": spec.model_dump(exclude_none=True),
-        "chars_per_token": round(source.chars_per_token, 3),
+        "chars_per_token": round(check.value, 3),
         "started_at": round(began, 3),
         "window": {"started_at": round(window[0], 3), "ended_at": round(window[1], 3), "excludes": "ramp"},
         "ended_because": load.end,
@@ -386,21 +456,7 @@ def run(
     if bounds:
         summary["bounds"] = bounds
     write_json(folder / "summary.json", summary)
-    shown = {
-        key: summary[key]
-        for key in (
-            "requests",
-            "failed",
-            "shed",
-            "rps",
-            "goodput_rps",
-            "ttft_ms",
-            "itl_ms",
-            "tokens_per_second",
-            "late_ms",
-        )
-        if key in summary
-    }
+    shown = {key: summary[key] for key in SHOWN if key in summary}
     print(json.dumps(shown), flush=True)
     if load.not_sent:
         print(
@@ -411,8 +467,8 @@ def run(
     late = summary.get("late_ms", {}).get("p95", 0.0)
     if late > LATE_SHARE * summary.get("ttft_ms", summary.get("latency_ms", {})).get("p95", math.inf):
         print(
-            f"stress: requests were sent up to {late:.0f} ms (p95) after they were due, which is in their times: this "
-            "process could not keep up: lower requests_per_second, or give it a core of its own",
+            f"stress: requests were sent up to {late:.0f} ms (p95) after they were due, which is in their times: "
+            "what makes the load could not keep up: lower requests_per_second, or raise workers, with a core each",
             file=sys.stderr,
         )
     if load.failed + load.shed == summary["requests"]:
@@ -422,6 +478,26 @@ def run(
     for bound in bounds:
         print(f"stress: {figures.told(bound)}", file=sys.stderr)
     return exits.OK if all(bound["held"] for bound in bounds) else exits.GATE
+
+
+def _prepared(
+    workers: Workers | None,
+    wait_seconds: float,
+    target: str,
+    spec: LoadSpec,
+    rows: list[dict[str, Any]],
+    keys: Mapping[str, str],
+) -> float | NotLoadedError:
+    """Characters per token, once target and `workers` are ready; or why they are not."""
+    try:
+        if workers:
+            workers.gather()  # before the target is asked, which may take long
+        found = _preflight_within(wait_seconds, target, spec, rows, keys)
+        if workers and not isinstance(found, TargetError):
+            workers.prepare(rows, found)
+        return found
+    except NotLoadedError as error:
+        return error
 
 
 def _preflight_within(

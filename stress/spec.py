@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -34,6 +35,15 @@ RampSeconds = Annotated[
     float, Field(ge=0, le=3600, description="users start evenly, or the rate rises, over this time; not measured")
 ]
 DurationSeconds = Annotated[float, Field(gt=0, le=86_400, description="measured time after the ramp")]
+Workers = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=64,
+        description="processes that make the load together, with a core each; users, rate, max_in_flight and "
+        "max_requests are shared out among them, and without any one of them nothing is measured",
+    ),
+]
 Clients = Models
 MODELS_WORDS = (
     "adapter aliases, used in turn; `{kubectl: 3, triage: 1}` sends three to the first for each to the second; a plain "
@@ -178,8 +188,32 @@ class LoadSettings(Settings):
         return self.prompt_tokens * (self.long_multiplier if self.long_share else 1) + self.max_tokens
 
 
+def enough_for(workers: int, load: LoadSettings) -> None:
+    """Raise `ValueError` where one of several workers would have nothing to do, or would end the others' load."""
+    if workers == 1:
+        return
+    if load.arrivals == "poisson":
+        for name in ("max_in_flight", "max_requests"):
+            if getattr(load, name) < workers:
+                raise ValueError(
+                    f"workers is {workers}, but {name} is {getattr(load, name)}, which they share: "
+                    f"raise it to {workers} or more, or lower workers"
+                )
+        return
+    if load.users < workers:
+        raise ValueError(f"workers is {workers}, but there are only {load.users} users to share: lower workers")
+    least = workers * math.ceil(load.users / workers)
+    if load.max_requests < least:
+        raise ValueError(
+            f"max_requests is {load.max_requests}, which {workers} workers share, and each of their {load.users} users "
+            f"sends at least one: raise max_requests to {least}"
+        )
+
+
 class LoadSpec(LoadSettings):
     """A load with the models that it asks: all that `python -m stress run` needs to know."""
+
+    workers: Workers = 1
 
     models: Models = Field(description=MODELS_WORDS)
     clients: Clients | None = Field(
@@ -194,3 +228,26 @@ class LoadSpec(LoadSettings):
         if self.tiers is not None and set(self.tiers) != set(self.clients or ()):
             raise ValueError(f"tiers names {sorted(self.tiers)}, clients {sorted(self.clients or ())}: name the same")
         return self
+
+    @model_validator(mode="after")
+    def _each_worker_has_a_part(self) -> LoadSpec:
+        enough_for(self.workers, self)
+        return self
+
+    def part(self, index: int, of: int) -> LoadSpec:
+        """What worker `index` of `of` makes of this load by itself; how many users it has, Locust's master tells it.
+
+        The first to have sent its share of `max_requests` ends the load for all: it never goes on smaller than asked.
+        """
+
+        def share(count: int) -> int:
+            return count // of + (index < count % of)
+
+        rate = self.requests_per_second
+        return self.model_copy(
+            update={
+                "requests_per_second": rate / of if rate else None,
+                "max_in_flight": share(self.max_in_flight),
+                "max_requests": share(self.max_requests),
+            }
+        )

@@ -55,15 +55,22 @@ def job(
     resource_name: str,
     annotations: Mapping[str, str] | None = None,
     pods: int = 1,
+    equal: bool = False,
+    identity: bool = True,
+    suspend: bool | None = None,
     opts: pulumi.ResourceOptions,
 ) -> batch.v1.Job:
-    """The Job `title` that runs `pod`; it and its pods have `labels`, its pods `annotations` and an Azure identity.
+    """The Job `title` that runs `pod`; it and its pods have `labels`, its pods `annotations` and an Azure `identity`.
 
     Of several `pods`, all at once, each knows its number by `INDEX`. What number 0 comes to is what the
-    Job comes to, and the others are ended with it.
+    Job comes to, and the others are ended with it; `equal` ones have no number, and all must end well. With `suspend`
+    it has no pod until someone sets that to false; its deadline counts from then.
     """
     several: dict[str, Any] = {}
-    if pods > 1:
+    marks = {**labels, **(IDENTITY_LABEL if identity else {})}
+    if equal:
+        several = {"completions": pods, "parallelism": pods}
+    elif pods > 1:
         first = batch.v1.SuccessPolicyRuleArgs(succeeded_indexes="0")
         several = {
             "completions": pods,
@@ -75,6 +82,7 @@ def job(
         resource_name,
         metadata=meta.v1.ObjectMetaArgs(name=title, namespace=namespace, labels=labels, annotations=ANNOTATIONS),
         spec=batch.v1.JobSpecArgs(
+            suspend=suspend,
             backoff_limit=retries,
             active_deadline_seconds=deadline_seconds,
             pod_failure_policy=failure_policy(),
@@ -82,7 +90,7 @@ def job(
             pod_replacement_policy="Failed",
             **several,
             template=core.v1.PodTemplateSpecArgs(
-                metadata=meta.v1.ObjectMetaArgs(labels={**labels, **IDENTITY_LABEL}, annotations=annotations),
+                metadata=meta.v1.ObjectMetaArgs(labels=marks, annotations=annotations),
                 spec=pod,
             ),
         ),

@@ -1,4 +1,9 @@
-"""The stress test: a Job that loads the replicas through the router, judges the figures and keeps the report."""
+"""The stress test: a Job that loads the replicas through the router, judges the figures and keeps the report.
+
+With several `workers` a second Job has their pods, and the first one's is their master. Jobs end by themselves, where
+Deployments would go on to knock at a master that is gone; and a Job of its own, rather than more pods of the first one,
+gives the workers less: no identity, no way to Azure, and thus no right to the report.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +18,23 @@ from infra.datasets import Datasets
 from infra.settings import Environment, Run, Stress
 from infra.storage import REPORTS
 from workloads.engine import ROUTER_LABELS
-from workloads.jobs import ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
+from workloads.jobs import JOB_LABEL, ROLE_WAIT_SECONDS, inputs_hash, job, job_pod, variables
 from workloads.placement import apps_node_selector
 from workloads.pods import config, container_security, mount, resources, scratch
-from workloads.policies import egress_https, egress_to, network_policy
+from workloads.policies import egress_https, egress_to, ingress_from, network_policy
 from workloads.router import PORT, inside_url
 
 LABELS = {"app": "stress"}
+WORKER_LABELS = {"app": "stress-worker"}
+MASTER_PORT = 5557  # Locust's habit
 DATASETS = "/work/datasets"
 OUT = "/work/out"
 SPECS = "/etc/drydock"
 
 SETUP_SECONDS = 1800  # a node of the apps pool, the image on it, the datasets; and at the end the report
+JOIN_SECONDS = 900  # once the master is there: nodes of the apps pool for the other workers
+# Neither is moved to another node: the load would begin anew, or be one worker short.
+STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
 
 # What the containers may write to, on a read-only root; HOME and XDG_CACHE_HOME (matplotlib's font list) are /cache.
 SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
@@ -48,6 +58,8 @@ class StressTestArgs:
 
 class StressTest(pulumi.ComponentResource):
     """Job `stress-<hash>` on the apps pool, with its settings, API key and network policy. `pulumi up` does not wait.
+
+    With several workers, a Service by which they find it and Job `stress-<hash>-workers` as well.
 
     Its name follows from what `drydock:stress` says: another `run`, or another setting there, is another Job, and
     nothing else starts one. Replicas that serve are not loaded because an image or a dataset has changed. A bound that
@@ -84,10 +96,13 @@ class StressTest(pulumi.ComponentResource):
             "stress",
             args.namespace,
             labels=LABELS,
+            ingress=[ingress_from(WORKER_LABELS, MASTER_PORT)] if env.stress.workers > 1 else (),
             egress=[egress_to(ROUTER_LABELS, PORT), egress_https()],  # HTTPS: Entra and Blob
             resource_name=f"{name}-network",
             opts=child,
         )
+        if env.stress.workers > 1:
+            self._workers(name, args, title, key.metadata.name)
         started = job(
             title,
             args.namespace,
@@ -96,14 +111,51 @@ class StressTest(pulumi.ComponentResource):
             retries=0,  # another try would be another load, and nobody asked for it
             deadline_seconds=deadline_seconds(env.stress),
             resource_name=title,
-            # Moved to another node, it would begin anew.
-            annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
+            annotations=STAYS,
             # Its resource has the Job's name: what is ignored here is that of this run, never that of the one before.
             opts=pulumi.ResourceOptions(parent=self, ignore_changes=["spec"]),
         )
         self.job_name = started.metadata.name
         self.follow = pulumi.Output.format("kubectl -n {0} logs -f job/{1}", args.namespace, self.job_name)
         self.register_outputs({"job_name": self.job_name, "report": self.report})
+
+    def _workers(self, name: str, args: StressTestArgs, title: str, key: pulumi.Input[str]) -> None:
+        """What makes the load where that is not the Job's own pod."""
+        child = pulumi.ResourceOptions(parent=self)
+        network_policy(
+            "stress-worker",
+            args.namespace,
+            labels=WORKER_LABELS,
+            egress=[egress_to(ROUTER_LABELS, PORT), egress_to(LABELS, MASTER_PORT)],
+            resource_name=f"{name}-worker-network",
+            opts=child,
+        )
+        master = core.v1.Service(
+            f"{name}-master",
+            metadata=meta.v1.ObjectMetaArgs(
+                name=title, namespace=args.namespace, labels=LABELS, annotations={"pulumi.com/skipAwait": "true"}
+            ),
+            spec=core.v1.ServiceSpecArgs(
+                selector={JOB_LABEL: title},
+                ports=[core.v1.ServicePortArgs(name="locust", port=MASTER_PORT, target_port=MASTER_PORT)],
+            ),
+            opts=child,
+        )
+        # The Job's name, and not that of the Service, whose resource is the same for every run.
+        job(
+            f"{title}-workers",
+            args.namespace,
+            _worker_pod(args, pulumi.Output.format("{0}:{1}", master.metadata.name, MASTER_PORT), key),
+            labels=WORKER_LABELS,
+            retries=0,
+            deadline_seconds=deadline_seconds(args.env.stress),
+            resource_name=f"{title}-workers",
+            annotations=STAYS,
+            pods=args.env.stress.workers,
+            equal=True,
+            identity=False,
+            opts=pulumi.ResourceOptions(parent=self, ignore_changes=["spec"]),
+        )
 
 
 def job_name(settings: Run, kind: str = "stress") -> str:
@@ -114,7 +166,8 @@ def job_name(settings: Run, kind: str = "stress") -> str:
 def deadline_seconds(settings: Stress) -> int:
     """Seconds from the Job's start after which something is stuck: all waits at their longest, and the load."""
     load = settings.ramp_seconds + settings.duration_seconds + 2 * settings.request_timeout_seconds
-    return math.ceil(SETUP_SECONDS + ROLE_WAIT_SECONDS + 2 * settings.wait_seconds + load)
+    join = JOIN_SECONDS if settings.workers > 1 else 0
+    return math.ceil(SETUP_SECONDS + ROLE_WAIT_SECONDS + 2 * settings.wait_seconds + join + load)
 
 
 def fetches(env: Environment, image: pulumi.Input[str], datasets: Datasets) -> list[core.v1.ContainerArgs]:
@@ -148,6 +201,30 @@ def _pod(
     )
 
 
+def _worker_pod(args: StressTestArgs, master: pulumi.Input[str], key: pulumi.Input[str]) -> core.v1.PodSpecArgs:
+    return job_pod(
+        "default",  # towards Azure and the cluster it is nobody
+        [
+            core.v1.ContainerArgs(
+                name="worker",
+                image=args.image,
+                command=[
+                    *("python", "-m", "stress", "worker", "--master", master),
+                    *("--target", inside_url(args.namespace), "--allow-remote"),
+                    # Until the master listens: its node and datasets.
+                    *("--wait-seconds", str(SETUP_SECONDS + ROLE_WAIT_SECONDS)),
+                ],
+                env=[*ENVIRONMENT, key_variable(key, several=bool(args.env.stress.clients))],
+                resources=resources(cpu="1", memory="1Gi", storage="1Gi"),
+                security_context=container_security(),
+                volume_mounts=SCRATCH,
+            )
+        ],
+        [scratch("work"), scratch("cache"), scratch("tmp")],
+        node_selector=apps_node_selector(),
+    )
+
+
 def _fetch(image: pulumi.Input[str], digest: str, address: pulumi.Input[str]) -> core.v1.ContainerArgs:
     return core.v1.ContainerArgs(
         name=f"fetch-{digest[:12]}",
@@ -164,6 +241,7 @@ def _fetch(image: pulumi.Input[str], digest: str, address: pulumi.Input[str]) ->
 
 
 def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[str]) -> core.v1.ContainerArgs:
+    several = args.env.stress.workers > 1
     return core.v1.ContainerArgs(
         name="stress",
         image=args.image,
@@ -171,7 +249,9 @@ def _load(args: StressTestArgs, key: pulumi.Input[str], report: pulumi.Output[st
             *("python", "-m", "stress", "run", "--target", inside_url(args.namespace), "--allow-remote"),
             *("--settings", f"{SPECS}/stress.json", "--dataset", DATASETS, "--out", OUT),
             *("--wait-seconds", str(args.env.stress.wait_seconds), "--push", report),
+            *(("--listen", f"0.0.0.0:{MASTER_PORT}", "--join-seconds", str(JOIN_SECONDS)) if several else ()),
         ],
+        ports=[core.v1.ContainerPortArgs(name="locust", container_port=MASTER_PORT)] if several else None,
         env=[*ENVIRONMENT, key_variable(key, several=bool(args.env.stress.clients))],
         # One Python process: more than one core is of no use to it, two for what the report draws.
         resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="4Gi"),

@@ -73,8 +73,8 @@ def running(api: Api, job: str, count: int) -> dict[str, dict[str, Any]]:
     return {pod["metadata"]["annotations"][index]: pod for pod in those(found)}
 
 
-def ended(api: Api, job: str, condition: str) -> dict[str, Any]:
-    path = f"/apis/batch/v1/namespaces/{PLACE}/jobs/{job}"
+def ended(api: Api, job: str, condition: str, place: str = PLACE) -> dict[str, Any]:
+    path = f"/apis/batch/v1/namespaces/{place}/jobs/{job}"
     return wait_for(
         api,
         path,

@@ -15,6 +15,7 @@ from infra.datasets import Datasets, DatasetsArgs
 from infra.pools import APPS, POOL_LABEL
 from infra.settings import ROOT, Environment, Retention, read_environment
 from infra.storage import Storage, StorageArgs
+from policy.rules import violations
 from stress.spec import LoadSpec
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import DIGEST, Recorder, place
@@ -188,6 +189,79 @@ def test_it_reaches_the_router_and_https_and_nothing_reaches_it() -> None:
     assert router["to"] == [{"podSelector": {"matchLabels": {"app": "router"}}}]
     assert [int(port["port"]) for port in router["ports"]] == [8080]
     assert [int(port["port"]) for port in https["ports"]] == [443]
+
+
+@cache
+def made_by_workers() -> Recorder:
+    return deployed(environment({"workers": 3, "clients": {"load": 1}}))[0]
+
+
+def test_several_workers_are_a_job_of_their_own_with_less_rights() -> None:
+    seen = made_by_workers()
+    assert sorted(item.type.rpartition(":")[2] for item in objects(seen)) == [
+        "ConfigMap", "Job", "Job", "NetworkPolicy", "NetworkPolicy", "Secret", "Service",
+    ]  # fmt: skip
+    for item in objects(seen):
+        wrapped = {"stringData": {"key": "x"}} if item.type.endswith(":Secret") else {}
+        assert problems(item.inputs | wrapped) == [], item.name
+        assert violations(item.type, item.inputs) == {}, item.name
+    jobs = {item.inputs["metadata"]["name"]: item.inputs for item in seen.of(":Job")}
+    title = min(jobs, key=len)
+    assert set(jobs) == {title, f"{title}-workers"}
+    spec = jobs[f"{title}-workers"]["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (3, 3, 0)
+    assert "completionMode" not in spec and "successPolicy" not in spec  # the first to end must not end the others
+    assert spec["podFailurePolicy"] == jobs[title]["spec"]["podFailurePolicy"]
+    assert spec["activeDeadlineSeconds"] == jobs[title]["spec"]["activeDeadlineSeconds"]
+    template = spec["template"]
+    assert "azure.workload.identity/use" not in template["metadata"]["labels"]
+    assert template["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    inside = template["spec"]
+    assert inside["serviceAccountName"] == "default" and inside["automountServiceAccountToken"] is False
+    assert inside["nodeSelector"] == {POOL_LABEL: APPS} and not inside.get("initContainers")
+    (container,) = inside["containers"]
+    router = ("--target", "http://drydock.drydock-serving.svc.cluster.local", "--allow-remote")
+    assert container["command"] == [
+        *("python", "-m", "stress", "worker", "--master", f"{title}:5557", *router, "--wait-seconds", "2700"),
+    ]
+    variables = {item["name"]: item for item in container["env"]}
+    assert variables["DRYDOCK_API_KEYS"]["valueFrom"]["secretKeyRef"]["name"] == "stress-key"
+    assert "reports" not in json.dumps(jobs[f"{title}-workers"]) and "az://" not in json.dumps(inside)
+
+    (master,) = jobs[title]["spec"]["template"]["spec"]["containers"]
+    assert master["command"][-4:] == ["--listen", "0.0.0.0:5557", "--join-seconds", "900"]
+    assert jobs[title]["spec"]["template"]["metadata"]["labels"]["azure.workload.identity/use"] == "true"
+    told = seen.one(":ConfigMap").inputs["data"]["stress.json"]
+    assert LoadSpec.model_validate_json(told).workers == 3
+    service = seen.one(":Service").inputs
+    assert service["metadata"]["name"] == title and service["spec"].get("type") is None
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": title}
+
+
+def test_workers_reach_the_router_and_their_master_and_nothing_else() -> None:
+    policies = {item.inputs["metadata"]["name"]: item.inputs["spec"] for item in made_by_workers().of(":NetworkPolicy")}
+    worker, master = policies["stress-worker"], policies["stress"]
+    labels = [item.inputs["spec"]["template"]["metadata"]["labels"] for item in made_by_workers().of(":Job")]
+    assert sum(worker["podSelector"]["matchLabels"].items() <= one.items() for one in labels) == 1
+    assert sum(master["podSelector"]["matchLabels"].items() <= one.items() for one in labels) == 1
+    assert worker["ingress"] == []
+    assert [(rule["to"], [int(port["port"]) for port in rule["ports"]]) for rule in worker["egress"]] == [
+        ([{"podSelector": {"matchLabels": {"app": "router"}}}], [8080]),
+        ([{"podSelector": master["podSelector"]}], [5557]),
+    ]
+    (rule,) = master["ingress"]
+    assert rule["from"] == [{"podSelector": worker["podSelector"]}] and [int(p["port"]) for p in rule["ports"]] == [
+        5557
+    ]
+
+
+def test_one_worker_is_what_it_was() -> None:
+    one = deployed(environment({"workers": 1}))[0]
+    assert len(objects(one)) == 4
+    assert "--listen" not in one.one(":Job").inputs["spec"]["template"]["spec"]["containers"][0]["command"]
+    many = environment({"workers": 2}).stress
+    assert job_name(many) != job_name(environment().stress)
+    assert deadline_seconds(many) == deadline_seconds(environment().stress) + 900
 
 
 def test_a_breach_ends_the_job_and_an_eviction_does_not() -> None:

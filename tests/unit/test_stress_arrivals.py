@@ -28,6 +28,26 @@ def test_arrivals_are_seeded() -> None:
     assert list(islice(due_seconds(5, 2, 7), 50)) != list(islice(due_seconds(5, 2, 8), 50))
 
 
+def test_the_sum_of_the_workers_processes_is_one_at_their_rates_together() -> None:
+    parts = [list(takewhile(lambda at: at < 200, due_seconds(5, 20, f"7/{index}"))) for index in range(4)]
+    assert len({tuple(part[:5]) for part in parts}) == 4  # independent: the same seed, other numbers
+    assert parts[1] == list(takewhile(lambda at: at < 200, due_seconds(5, 20, "7/1")))
+    due = sorted(at for part in parts for at in part)
+    assert sum(at < 20 for at in due) == pytest.approx(200, abs=4 * 200**0.5)  # half the rate in the ramp
+    counts = [Counter(int(at) for at in due)[second] for second in range(20, 200)]
+    assert mean(counts) == pytest.approx(20, rel=0.06)
+    assert pstdev(counts) ** 2 == pytest.approx(mean(counts), rel=0.35)  # Poisson: variance is the mean
+
+
+def test_users_are_numbered_the_same_whoever_has_them() -> None:
+    spec = LoadSpec(models=["a"], clients={"x": 2, "y": 1}, stream_share=0.5)
+    whole = list(islice(Mix(spec).users(), 12))
+    assert Counter(client for client, _ in whole) == {"x": 8, "y": 4}
+    assert Counter(whole)["x", True] == 4 and Counter(whole)["y", True] == 2
+    shared = [list(islice(Mix(spec).users(), index, 12, 3)) for index in range(3)]
+    assert [user for each in zip(*shared, strict=True) for user in each] == whole
+
+
 def test_the_rate_rises_evenly_over_the_ramp() -> None:
     due = list(takewhile(lambda at: at < 40, due_seconds(100, 20, seed=3)))
     quarters = Counter(int(at // 5) for at in due)

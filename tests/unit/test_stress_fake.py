@@ -55,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.plain(200 if self.path == "/health" or self.loaded() else 503, {})
+        value: dict[str, Any] = {"data": []} if self.path == "/v1/models" else {}
+        self.plain(200 if self.path == "/health" or self.loaded() else 503, value)
 
     def loaded(self) -> bool:
         return time.monotonic() - self.started >= float(self.config["engine_seconds"] + self.config["adapters_seconds"])

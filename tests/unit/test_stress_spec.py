@@ -48,6 +48,32 @@ def test_bounds_are_checked_as_the_rest() -> None:
     assert LoadSpec.model_validate({"models": ["a"]}).slo == Slo()
 
 
+def test_what_several_workers_share_is_enough_for_each() -> None:
+    told = problems(models=["a"], users=4, workers=8)
+    assert "workers is 8, but there are only 4 users to share: lower workers" in told
+    # one worker has three users, and sends no more than two requests
+    assert "raise max_requests to 6" in problems(models=["a"], users=5, workers=2, max_requests=5)
+    poisson = {"models": ["a"], "arrivals": "poisson", "requests_per_second": 9, "workers": 4}
+    assert "max_in_flight is 3, which they share: raise it to 4" in problems(**poisson, max_in_flight=3)
+    assert "max_requests is 3, which they share: raise it to 4" in problems(**poisson, max_requests=3)
+    assert "workers: should be less than or equal to 64, found 65" in problems(**poisson | {"workers": 65})
+    assert LoadSpec.model_validate(poisson | {"users": 1}).workers == 4  # there are no users
+    assert LoadSpec.model_validate({"models": ["a"], "users": 3}).workers == 1
+
+
+def test_the_parts_of_a_load_are_the_load() -> None:
+    spec = LoadSpec.model_validate(
+        {"models": ["a"], "arrivals": "poisson", "requests_per_second": 9, "workers": 4, "max_in_flight": 10,
+         "max_requests": 7}
+    )  # fmt: skip
+    parts = [spec.part(index, 4) for index in range(4)]
+    assert [part.max_in_flight for part in parts] == [3, 3, 2, 2]
+    assert [part.max_requests for part in parts] == [2, 2, 2, 1]
+    assert {part.requests_per_second for part in parts} == {2.25}
+    closed = LoadSpec.model_validate({"models": ["a"], "workers": 2})
+    assert closed.part(0, 2).requests_per_second is None and closed.part(1, 2).seed == closed.seed
+
+
 def test_arrivals_need_what_they_are_made_of() -> None:
     assert "requests_per_second is required" in problems(models=["a"], arrivals="poisson")
     assert "set arrivals to poisson" in problems(models=["a"], requests_per_second=3)
@@ -127,6 +153,10 @@ def test_a_remote_target_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--allow-remote" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="not a URL"):
         check_target("drydock", allow_remote=True)
+    assert main(["run", "--target", "http://127.0.0.1:9", "--listen", "127.0.0.1:5557", *common]) == 2
+    assert "one process makes this load by itself: raise workers" in capsys.readouterr().err
+    assert main(["worker", "--target", "http://192.0.2.7:8000", "--master", "127.0.0.1:5557"]) == 2
+    assert "--allow-remote" in capsys.readouterr().err
     check_target("http://drydock.no-such-namespace.svc", allow_remote=True)  # the Service may come later than the Job
     fleet = {
         "router": "http://192.0.2.7:8000",
