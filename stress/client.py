@@ -123,14 +123,24 @@ def connect(url: str, timeout_seconds: float) -> http.client.HTTPConnection:
 
 def get_status(url: str, timeout_seconds: float = 2.0) -> int | None:
     """The HTTP status of GET `url`; None if nothing answered."""
+    return _get(url, timeout_seconds)[0]
+
+
+def get_text(url: str, timeout_seconds: float = 2.0) -> str | None:
+    """What GET `url` answers with status 200; None for anything else."""
+    status, text = _get(url, timeout_seconds)
+    return text if status == 200 else None
+
+
+def _get(url: str, timeout_seconds: float) -> tuple[int | None, str]:
     connection = connect(url, timeout_seconds)
     try:
         connection.request("GET", urlsplit(url).path or "/")
         response = connection.getresponse()
-        response.read()  # closing on unread data would reset the server's side
-        return response.status
+        body = response.read()  # always: closing on unread data would reset the server's side
+        return response.status, body.decode(errors="replace")
     except (OSError, http.client.HTTPException):
-        return None
+        return None, ""
     finally:
         connection.close()
 

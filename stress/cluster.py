@@ -2,81 +2,42 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import re
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
+from common import kube
+from common.kube import ApiError, Object
+from stress.client import get_text
 from stress.fleet import FleetError
 from stress.sites import Stage
 
-SERVER = "https://kubernetes.default.svc"
-ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # where pods have their account's token
-ANSWER_SECONDS = 15.0
+SERVER, ACCOUNT = kube.SERVER, kube.ACCOUNT
 REPLICAS, ENGINE = "app=engine", "engine"  # label of the replicas' pods, and the container that serves
 TUNERS, TUNE = "app=tune", "tune"
+OVER = ("Succeeded", "Failed")
 JOB_LABEL, INDEX_LABEL = "batch.kubernetes.io/job-name", "batch.kubernetes.io/job-completion-index"
-UNCORDON_SECONDS = 20.0  # of tries: within the 30 s that a pod has after SIGTERM
+# The least that the kubelet knows. Without any (0) the API server forgets the pod at once, and the kubelet, never told,
+# gives it the whole grace of its spec (pkg/kubelet/pod_workers.go, calculateEffectiveGracePeriod): nobody is killed.
+GRACE_SECONDS = 1
+GONE_SECONDS = 60.0  # for a kubelet to tell that all processes of a pod are gone: a few seconds
+MEND_SECONDS = 20.0  # of tries: within the 30 s that a pod has after SIGTERM
+FAULTS, LOSS = "drill-faults", "registry_unreachable_until"  # ConfigMap and key that the sidecars read
+SIDECAR, METRICS = "sidecar", "sidecar-metrics"  # container and port at which a replica's sidecar tells its metrics
 EVICTION_POLL_SECONDS = 2.0
 LOG_BYTES = 1_000_000
 
-Object = dict[str, Any]
 
-
-class ClusterError(FleetError):
+class ClusterError(FleetError, ApiError):
     """The API server refused or did not answer; `status` is 0 in the latter case."""
 
-    def __init__(self, text: str, status: int = 0) -> None:
-        super().__init__(text)
-        self.status = status
 
+class Api(kube.Api):
+    """Asks the API server; what it refuses is a `ClusterError`."""
 
-class Api:
-    """Asks the API server as the account whose token and authority are in the folder `account`."""
-
-    def __init__(self, server: str = SERVER, account: Path = ACCOUNT) -> None:
-        self.server, self._account = urlsplit(server), account
-
-    def ask(self, method: str, path: str, body: Object | None = None, kind: str = "application/json") -> Object:
-        """The object that comes back. Raises `ClusterError`."""
-        return dict(json.loads(self.text(method, path, body, kind)))
-
-    def text(self, method: str, path: str, body: Object | None = None, kind: str = "application/json") -> str:
-        """What comes back, as text. Raises `ClusterError`."""
-        what, host = f"{method} {path}", self.server.hostname or ""
-        connection: http.client.HTTPConnection
-        try:
-            # Read each time: the kubelet changes the token within the hour.
-            headers = {"Authorization": f"Bearer {(self._account / 'token').read_text().strip()}"}
-            if self.server.scheme == "https":
-                trusted = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
-                connection = http.client.HTTPSConnection(
-                    host, self.server.port, timeout=ANSWER_SECONDS, context=trusted
-                )
-            else:
-                connection = http.client.HTTPConnection(host, self.server.port, timeout=ANSWER_SECONDS)
-            try:
-                data = None if body is None else json.dumps(body).encode()
-                connection.request(method, path, data, headers | ({"Content-Type": kind} if body is not None else {}))
-                answer = connection.getresponse()
-                text = answer.read().decode(errors="replace")
-            finally:
-                connection.close()
-        except (OSError, http.client.HTTPException) as error:
-            raise ClusterError(f"{what}: no answer of the API server: {type(error).__name__}: {error}") from None
-        if answer.status >= 300:
-            try:
-                said = json.loads(text).get("message", text)
-            except (ValueError, AttributeError):
-                said = text[:500]
-            raise ClusterError(f"{what}: {answer.status}: {said}", answer.status)
-        return text
+    error = ClusterError
 
 
 @dataclass
@@ -88,7 +49,7 @@ class Cluster:
     serving: str
     tuning: str
     poll_seconds: float = 0.5
-    how: str = "Deletion, without grace, of"
+    how: str = "Deletion, with a second of grace, of"
     _before: set[str] = field(default_factory=set)  # UIDs of the pods that were there when some were taken
     _taken: list[str] = field(default_factory=list)
 
@@ -104,14 +65,28 @@ class Cluster:
             self._pod(name)
 
     def kill(self, names: list[str]) -> float:
-        """Force the deletion: the kubelet gives such a pod a second or two between SIGTERM and SIGKILL."""
+        """Returns when they are gone: until then, seconds later, they may answer. Raises `ClusterError`."""
         pods = self._note(names)
-        at = time.time()
+        at, deadline = time.time(), time.monotonic() + GONE_SECONDS
         for pod in pods:
-            options = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
+            options = {"gracePeriodSeconds": GRACE_SECONDS, "preconditions": {"uid": pod["metadata"]["uid"]}}
             body = {"apiVersion": "v1", "kind": "DeleteOptions", **options}
             self.api.ask("DELETE", _path(self.serving, _name(pod)), body)
+        while left := self._there(pods):
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{', '.join(left)}: not gone {GONE_SECONDS:g} s after the deletion: does the kubelet there answer?"
+                )
+            time.sleep(self.poll_seconds)
         return at
+
+    def _there(self, pods: list[Object]) -> list[str]:
+        """Those of `pods` that the API server still has; all of them where it does not answer."""
+        try:
+            known = {pod["metadata"]["uid"] for pod in self._pods(self.serving, REPLICAS)}
+        except ClusterError:
+            return [_name(pod) for pod in pods]
+        return [_name(pod) for pod in pods if pod["metadata"]["uid"] in known]
 
     def reached(self, name: str) -> tuple[Stage, str]:
         """Pods have other names than those that they replace: the first new one counts for the first that was taken."""
@@ -145,17 +120,7 @@ class Cluster:
 
         A node that is gone needs nothing: the autoscaler takes an empty one away, cordoned or not.
         """
-        deadline = time.monotonic() + UNCORDON_SECONDS
-        while True:
-            try:
-                self._schedulable(node, True)
-                return
-            except ClusterError as error:
-                if error.status == 404:
-                    return
-                if time.monotonic() > deadline:
-                    raise ClusterError(f"node {node} stays cordoned: kubectl uncordon {node} ({error})") from None
-                time.sleep(1)
+        _mend(lambda: self._schedulable(node, True), f"node {node} stays cordoned: kubectl uncordon {node}")
 
     def _schedulable(self, node: str, value: bool) -> None:
         change = {"spec": {"unschedulable": None if value else True}}
@@ -176,12 +141,46 @@ class Cluster:
                 time.sleep(EVICTION_POLL_SECONDS)
         return at
 
+    # --- the registry, as the sidecars see it -------------------------------------------------------------------
+
+    def lose_registry(self, seconds: float) -> float:
+        """Tell the sidecars that the registry is out of reach, for so long at most; the unix time just before.
+
+        They hear of it when their kubelet brings the ConfigMap. Raises `ClusterError`.
+        """
+        at = time.time()
+        self._declare(f"{at + seconds:.0f}")
+        return at
+
+    def find_registry(self) -> None:
+        """Take that back. Tries again for some seconds. Raises `ClusterError`; the loss ends by itself then."""
+        _mend(lambda: self._declare(None), f"ConfigMap {FAULTS}: {LOSS} stays there until it is over")
+
+    def _declare(self, until: str | None) -> None:
+        path = f"/api/v1/namespaces/{self.serving}/configmaps/{FAULTS}"
+        self.api.ask("PATCH", path, {"data": {LOSS: until}}, "application/merge-patch+json")
+
+    def registry_unseen(self) -> dict[str, float | None]:
+        """Seconds for which each replica has not seen the registry; None where its sidecar does not answer."""
+        return {_name(pod): _registry_unseen(pod) for pod in self._replicas() if not _leaving(pod)}
+
+    def lapsed(self, names: list[str]) -> list[str]:
+        """Those of `names` that are there to stay and not ready."""
+        pods = [pod for pod in self._replicas() if _name(pod) in names]
+        return [_name(pod) for pod in pods if not _leaving(pod) and not _ready(pod)]
+
     # --- tuning -------------------------------------------------------------------------------------------------
 
     def tuners(self) -> list[Object]:
         """Pods that tune at present; the first of a Job of several pods before its others."""
         found = [pod for pod in self._pods(self.tuning, TUNERS) if not _leaving(pod) and _tunes(pod)]
         return sorted(found, key=lambda pod: (int(_labels(pod).get(INDEX_LABEL, 0)), _name(pod)))
+
+    def tunes_or_will(self) -> bool:
+        """Whether there is a pod that tunes, or that has yet to: it may wait for a node, or for what it tunes."""
+        found = [pod for pod in self._pods(self.tuning, TUNERS) if not _leaving(pod)]
+        pods = [pod for pod in found if pod["status"].get("phase") not in OVER]
+        return any("terminated" not in _container(pod, "initContainerStatuses", TUNE).get("state", {}) for pod in pods)
 
     def evict_tuner(self, pod: Object) -> float:
         """Take its node away, as it were; the unix time just before. Raises `ClusterError`."""
@@ -220,7 +219,7 @@ class Cluster:
 
     def _replicas(self) -> list[Object]:
         found = self._pods(self.serving, REPLICAS)
-        return [pod for pod in found if pod["status"].get("phase") not in ("Succeeded", "Failed")]
+        return [pod for pod in found if pod["status"].get("phase") not in OVER]
 
     def _pod(self, name: str) -> Object:
         pods = {_name(pod): pod for pod in self._replicas() if not _leaving(pod)}
@@ -244,6 +243,37 @@ class Cluster:
                 return False
             raise
         return True
+
+
+def unseen_in(metrics: str) -> float | None:
+    """Of a sidecar's metrics: seconds for which it has not seen the registry."""
+    found = re.search(r"^drydock_registry_unreachable_seconds (\S+)$", metrics, re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def _registry_unseen(pod: Object) -> float | None:
+    address = pod["status"].get("podIP")
+    sidecars = [item for item in pod["spec"].get("initContainers", []) if item["name"] == SIDECAR]
+    ports = [port for item in sidecars for port in item.get("ports", []) if port.get("name") == METRICS]
+    if not address or not ports:
+        return None
+    text = get_text(f"http://{address}:{ports[0]['containerPort']}/metrics")
+    return None if text is None else unseen_in(text)
+
+
+def _mend(repair: Callable[[], None], otherwise: str) -> None:
+    """Try for some seconds; what is gone needs nothing. Raises `ClusterError` with `otherwise`."""
+    deadline = time.monotonic() + MEND_SECONDS
+    while True:
+        try:
+            repair()
+            return
+        except ClusterError as error:
+            if error.status == 404:
+                return
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{otherwise} ({error})") from None
+            time.sleep(1)
 
 
 def _path(namespace: str, pod: str) -> str:

@@ -1,5 +1,6 @@
-"""The drills: longer prompts, the loss of one replica under load, the loss of all; in a cluster also a node drained and
-a tuning pod evicted. Each breaks, measures, and writes `OUT/drills/NAME.json` and `OUT/drills/NAME.requests.jsonl`.
+"""The drills: longer prompts, the loss of one replica under load, the loss of all; in a cluster also a node drained, a
+tuning pod evicted, and the registry out of the sidecars' sight. Each breaks, measures, and writes
+`OUT/drills/NAME.json` and `OUT/drills/NAME.requests.jsonl`.
 
 The load is `python -m stress run` in a process of its own: the same code as any other run, and its timing is not
 disturbed by the watching done here. Times in `events` and in the records are unix seconds of this machine.
@@ -27,7 +28,7 @@ from stress.client import SURE_TIMES, Record, ask, check_target
 from stress.cluster import Cluster, ClusterError
 from stress.fleet import FleetError
 from stress.prompts import PromptSource, Turns, read_rows
-from stress.scenarios import Bounds, DrillSpec, Scenario, judged
+from stress.scenarios import NOTICED_SECONDS, Bounds, DrillSpec, Scenario, judged
 from stress.sites import Processes, Site
 from stress.spec import LoadSpec
 
@@ -38,6 +39,7 @@ PROBES_UNDER_WAY = 8  # a router that holds requests back must not collect hundr
 DEFAULT_LONG_SHARE = 0.25
 WAIT_POLL_SECONDS = 2.0
 SHORT_PROMPT_CHARACTERS = 256
+LOSS_MARGIN_SECONDS = 60.0  # by which a loss outlives the drill that ends it, should that have been killed
 
 
 class NotMeasuredError(Exception):
@@ -110,6 +112,7 @@ def main(name: Scenario, plan: Plan) -> int:
         "node-drain": node_drain,
         "outage": outage,
         "tuning-eviction": tuning_eviction,
+        "registry-unreachable": registry_unreachable,
     }
     drill = drills[name]
     folder = plan.out / "drills"
@@ -669,24 +672,36 @@ def outage(plan: Plan, result: Result, scratch: Path) -> None:
 def tuning_eviction(plan: Plan, result: Result, scratch: Path) -> None:
     """Evict a pod that tunes, as a spot node's end does, and follow its Job until another one goes on.
 
+    One that has yet to tune, after a changed setting of an adapter say, is waited for.
     `recovery_seconds`: from the eviction until the next pod tunes; `lost_steps`: those told before the eviction that
     it makes again, its checkpoint being older.
     """
     cluster = plan.in_cluster()
-    working = cluster.tuners()
-    if not working:
-        raise NotMeasuredError(
-            f"nothing to evict: no pod in {cluster.tuning} tunes at present. Run this drill while a tuning Job does, "
-            "such as after a changed setting of an adapter"
-        )
-    pod, seconds, poll = working[0], plan.timeout_seconds, cluster.poll_seconds
-    name = pod["metadata"]["name"]
+    seconds, poll = plan.timeout_seconds, cluster.poll_seconds
     seen: dict[str, Any] = {}
 
     def found(key: str, look: Callable[[], Any]) -> bool:
         with contextlib.suppress(FleetError):  # a container that has yet to start has no log
             seen[key] = look()
         return seen.get(key) is not None
+
+    def none_to_come() -> None:
+        with contextlib.suppress(FleetError):
+            if not cluster.tunes_or_will():
+                raise NotMeasuredError(
+                    f"nothing to evict: no pod in {cluster.tuning} tunes at present. Run this drill while a tuning Job "
+                    "does, such as after a changed setting of an adapter"
+                )
+
+    wait_until(
+        lambda: found("pods", lambda: cluster.tuners() or None),
+        seconds,
+        f"no pod in {cluster.tuning} came to tune",
+        none_to_come,
+        poll_seconds=poll,
+    )
+    pod = seen["pods"][0]
+    name = pod["metadata"]["name"]
 
     def still_there() -> None:
         with contextlib.suppress(FleetError):
@@ -723,6 +738,84 @@ def tuning_eviction(plan: Plan, result: Result, scratch: Path) -> None:
     del result.absent["lost_steps"]
     result.event(f"{after['metadata']['name']} goes on from step {seen['resumed']}")
     result.values |= {"resumed_at_step": seen["resumed"], "lost_steps": max(0, step - seen["resumed"])}
+
+
+def registry_unreachable(plan: Plan, result: Result, scratch: Path) -> None:
+    """Tell the sidecars under load that the registry is out of reach, until `plan.after_seconds` after all say so.
+
+    It is the loss as a sidecar sees it: the network is left alone, and each hears of it, as of its end, by a ConfigMap,
+    which takes its kubelet up to some 90 s. `noticed_seconds`: until all replicas' metrics say so; `unready`: replicas
+    that ceased to be ready meanwhile; `recovery_seconds`: from the withdrawal until all see the registry again.
+    Whatever happens, the loss is taken back; where this process is killed outright it ends by itself.
+    """
+    cluster = plan.in_cluster()
+    ready_site(plan)
+    names = cluster.names()
+    unseen: dict[str, float | None] = {}
+    lapsed = set[str]()
+
+    def look() -> None:
+        with contextlib.suppress(FleetError):  # the API server may be away for a moment
+            lapsed.update(cluster.lapsed(names))
+            found = cluster.registry_unseen()
+            unseen.clear()
+            unseen.update(found)
+
+    def wait_all(
+        what: str, holds: Callable[[float], bool], seconds: float, check: Callable[[], None] = lambda: None
+    ) -> None:
+        def all_say() -> bool:
+            look()
+            return bool(unseen) and all(value is not None and holds(value) for value in unseen.values())
+
+        def why() -> str:
+            told = (f"{name}: {'no answer' if value is None else f'{value:.0f} s'}" for name, value in unseen.items())
+            return f"not every sidecar said that it {what} the registry (not seen for: {', '.join(told)})"
+
+        wait_until(all_say, seconds, why, check, poll_seconds=cluster.poll_seconds)
+
+    wait_all("sees", lambda value: value == 0, plan.timeout_seconds)
+    lapsed.clear()
+    longest = NOTICED_SECONDS + plan.after_seconds + LOSS_MARGIN_SECONDS
+    spec = plan.spec.model_copy(
+        update={
+            "long_share": 0.0,
+            "duration_seconds": plan.before_seconds + longest + plan.timeout_seconds,
+            "seed": plan.spec.seed + 5000,
+        }
+    )
+    with load(plan, spec, cluster.router, scratch / "load", open_ended=True) as running:
+        running.wait_started(60 + spec.request_timeout_seconds)
+        result.event("load started")
+        sleep_checked(spec.ramp_seconds + plan.before_seconds, running.check)
+        try:
+            lost_at = result.event("registry out of reach", cluster.lose_registry(longest))
+            wait_all("misses", lambda value: value > 0, NOTICED_SECONDS, running.check)
+            noticed_at = result.event("all replicas miss it")
+            result.values["noticed_seconds"] = round(noticed_at - lost_at, 3)
+            until = time.monotonic() + plan.after_seconds
+            while time.monotonic() < until:
+                look()
+                sleep_checked(min(cluster.poll_seconds, plan.after_seconds), running.check)
+        finally:
+            cluster.find_registry()
+            found_at = result.event("registry in reach again")
+        wait_all("sees", lambda value: value == 0, plan.timeout_seconds, running.check)
+        seen_at = result.event("all replicas see it")
+        result.requests = running.finish(now=True)
+        result.event("load ended")
+
+    for row in result.requests:
+        row["phase"] = "before" if row["started_at"] < lost_at else "lost" if row["started_at"] < seen_at else "after"
+    result.values |= {
+        "replicas": len(names),
+        "requests": len(result.requests),
+        "failed": figures.failed(result.requests),
+        "failures_by_reason": reasons(result.requests),
+        "unready": len(lapsed),
+        "unready_replicas": sorted(lapsed),
+        "recovery_seconds": round(seen_at - found_at, 3),
+    }
 
 
 def phases(killed_at: float, token_at: float, milestones: dict[str, list[float | None]]) -> dict[str, float]:

@@ -47,6 +47,12 @@ REQUIRED: dict[str, dict[str, str]] = {
     "drills.outage": {"recovery_seconds": "number", "phases": "numbers"},
     "drills.node_drain": {"failed": "number", "recovery_seconds": "number"},
     "drills.tuning_eviction": {"recovery_seconds": "number", "lost_steps": "number"},
+    "drills.registry_unreachable": {
+        "failed": "number",
+        "unready": "number",
+        "noticed_seconds": "number",
+        "recovery_seconds": "number",
+    },
 }
 ADAPTER_FILES = {
     "dataset": "dataset/{}.json",
@@ -55,7 +61,7 @@ ADAPTER_FILES = {
     "promotion": "promotions/{}.json",
 }
 DRILLS = ("long_prompts", "replica_loss", "outage")  # of every chain
-CLUSTER_DRILLS = ("node_drain", "tuning_eviction")  # of those who asked for them
+CLUSTER_DRILLS = ("node_drain", "tuning_eviction", "registry_unreachable")  # of those who asked for them
 GOOD = "ok"  # the status of a stage that ended well
 MAIN_SCENARIO = "load"  # the default of `python -m stress run --scenario`
 # What a drill should stay within that brought no bounds along: the most that these figures may be.
@@ -69,6 +75,7 @@ BOUND_WORDS = {
     "failed": "at most %g requests failed",
     "recovery_seconds": "recovered within %g s",
     "lost_steps": "at most %g steps made again",
+    "unready": "at most %g replicas ceased to be ready",
 }
 
 

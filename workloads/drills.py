@@ -17,20 +17,20 @@ from infra.place import Place
 from infra.settings import Drills as Settings
 from infra.settings import Environment
 from infra.storage import REPORTS
-from stress.scenarios import DrillSpec
-from workloads.engine import ROUTER_LABELS
+from stress.scenarios import NOTICED_SECONDS, DrillSpec
+from workloads.engine import FAULTS, ROUTER_LABELS, SIDECAR_METRICS
+from workloads.engine import LABELS as ENGINE_LABELS
 from workloads.jobs import ROLE_WAIT_SECONDS, job, job_pod
 from workloads.namespaces import SERVING
 from workloads.placement import apps_node_selector
-from workloads.pods import config, container_security, mount, resources, scratch
-from workloads.policies import egress_https, egress_to, network_policy
+from workloads.pods import TOKEN, api_token, config, container_security, mount, resources, scratch
+from workloads.policies import egress_https, egress_to, ingress_from, network_policy
 from workloads.router import PORT, inside_url
 from workloads.stress import DATASETS, ENVIRONMENT, OUT, SCRATCH, SETUP_SECONDS, SPECS, fetches, job_name, key_variable
 
 LABELS = {"app": "drills"}
 ACCOUNT = "drills"
-TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount"  # where every client looks for it
-TOKEN_SECONDS = 3600
+UNREACHABLE = "registry-unreachable"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Drills(pulumi.ComponentResource):
         self.report = pulumi.Output.concat("az://", args.account, f"/{REPORTS}/drills/{settings.run}")
         account, credential = self._account(name, args, child)
         rights = self._rights(name, args, account, child)
+        if UNREACHABLE in settings.scenarios:
+            rights += self._faults(name, args, child)
         specs = core.v1.ConfigMap(
             title,
             metadata=meta.v1.ObjectMetaArgs(name=title, namespace=args.namespace),
@@ -92,7 +94,11 @@ class Drills(pulumi.ComponentResource):
             "drills",
             args.namespace,
             labels=LABELS,
-            egress=[egress_to(ROUTER_LABELS, PORT), egress_https()],  # HTTPS: the API server, Entra and Blob
+            egress=[
+                egress_to(ROUTER_LABELS, PORT),
+                egress_https(),  # the API server, Entra and Blob
+                *([egress_to(ENGINE_LABELS, SIDECAR_METRICS)] if UNREACHABLE in settings.scenarios else []),
+            ],
             resource_name=f"{name}-network",
             opts=child,
         )
@@ -178,6 +184,23 @@ class Drills(pulumi.ComponentResource):
             )
         return bindings
 
+    def _faults(self, name: str, args: DrillsArgs, child: pulumi.ResourceOptions) -> list[pulumi.Resource]:
+        """What tells the sidecars of a loss, empty, and the way to ask them what they make of it."""
+        faults = core.v1.ConfigMap(
+            f"{name}-faults",
+            metadata=meta.v1.ObjectMetaArgs(name=FAULTS, namespace=args.namespace),
+            opts=pulumi.ResourceOptions.merge(child, pulumi.ResourceOptions(ignore_changes=["data"])),  # a drill's
+        )
+        asked = network_policy(
+            "engine-drills",
+            args.namespace,
+            labels=ENGINE_LABELS,
+            ingress=[ingress_from(LABELS, SIDECAR_METRICS)],
+            resource_name=f"{name}-sidecars-network",
+            opts=child,
+        )
+        return [faults, asked]
+
 
 def serving_rules(scenarios: Sequence[str]) -> list[rbac.v1.PolicyRuleArgs]:
     """What the scenarios do in the replicas' namespace; `stress.cluster` asks for no more."""
@@ -185,6 +208,8 @@ def serving_rules(scenarios: Sequence[str]) -> list[rbac.v1.PolicyRuleArgs]:
     rules = [_rule("pods", "list", *(["delete"] if kills else []))]
     if "node-drain" in scenarios:
         rules.append(_rule("pods/eviction", "create"))
+    if UNREACHABLE in scenarios:
+        rules.append(_rule("configmaps", "patch", names=[FAULTS]))
     return rules
 
 
@@ -227,11 +252,12 @@ def deadline_seconds(settings: Settings) -> int:
         # Until all replicas are ready, then until they are again; a drain waits for its disruption budget as well.
         whole += 3 * settings.bounds.timeout_seconds(scenario)
         whole += 2 * (load + settings.duration_seconds) if scenario == "long-prompts" else load + around
+        whole += NOTICED_SECONDS if scenario == UNREACHABLE else 0
     return math.ceil(SETUP_SECONDS + ROLE_WAIT_SECONDS + 2 * settings.wait_seconds + whole)
 
 
-def _rule(resource: str, *verbs: str) -> rbac.v1.PolicyRuleArgs:
-    return rbac.v1.PolicyRuleArgs(api_groups=[""], resources=[resource], verbs=list(verbs))
+def _rule(resource: str, *verbs: str, names: list[str] | None = None) -> rbac.v1.PolicyRuleArgs:
+    return rbac.v1.PolicyRuleArgs(api_groups=[""], resources=[resource], verbs=list(verbs), resource_names=names)
 
 
 def _ref(kind: str, name: pulumi.Input[str]) -> rbac.v1.RoleRefArgs:
@@ -248,7 +274,7 @@ def _pod(
     return job_pod(
         account,
         [_container(args, key, report)],
-        [scratch("work"), scratch("cache"), scratch("tmp"), config("specs", specs), _token()],
+        [scratch("work"), scratch("cache"), scratch("tmp"), config("specs", specs), api_token()],
         node_selector=apps_node_selector(),
         init_containers=fetches(args.env, args.image, args.datasets),
     )
@@ -273,25 +299,4 @@ def _container(args: DrillsArgs, key: pulumi.Input[str], report: pulumi.Output[s
             mount("specs", SPECS, read_only=True),
             mount("token", TOKEN, read_only=True),
         ],
-    )
-
-
-def _token() -> core.v1.VolumeArgs:
-    """What `automountServiceAccountToken` would give to every container, for the one that mounts it."""
-    return core.v1.VolumeArgs(
-        name="token",
-        projected=core.v1.ProjectedVolumeSourceArgs(
-            sources=[
-                core.v1.VolumeProjectionArgs(
-                    service_account_token=core.v1.ServiceAccountTokenProjectionArgs(
-                        path="token", expiration_seconds=TOKEN_SECONDS
-                    )
-                ),
-                core.v1.VolumeProjectionArgs(
-                    config_map=core.v1.ConfigMapProjectionArgs(
-                        name="kube-root-ca.crt", items=[core.v1.KeyToPathArgs(key="ca.crt", path="ca.crt")]
-                    )
-                ),
-            ]
-        ),
     )

@@ -21,12 +21,14 @@ from common.settings import SettingsError
 from localcloud.api import Api
 from localcloud.cli import prepare
 from localcloud.cloud import Cloud
-from localcloud.live.places import DAEMON_FILE
+from localcloud.live.places import DAEMON_FILE, REGISTRY_ADDRESS
 from localcloud.tools import locate
 
 START_SECONDS = 180.0
 STOP_SECONDS = 30.0
 INTERRUPT_SECONDS = 120.0  # for `pulumi up` to end what it has begun
+INSIDE = "localcloud.live.inside"
+AWAY = "drydock-registry-away"  # table of nftables
 
 
 class NotUp(Exception):
@@ -50,6 +52,29 @@ class LiveCloud(Cloud):
     def api(self) -> Api:
         access = json.loads((self.folder / "cluster.json").read_text())
         return Api(access["server"], access["token"], Path(access["ca_file"]))
+
+    def reach_registry(self, reachable: bool) -> None:
+        """Let pods reach the registries, or have every packet on its way there answered by a reset.
+
+        Images come another way: those that a node has are there, as in a cluster. Raises `NotUp` where it is gone.
+        """
+        rules = f"add table ip {AWAY}\ndelete table ip {AWAY}\n"  # also where there is none
+        if not reachable:
+            rule = f"ip daddr {REGISTRY_ADDRESS} reject with tcp reset"
+            rules += f"table ip {AWAY} {{ chain input {{ type filter hook input priority 0; {rule}; }}; }}\n"
+        command = ["nsenter", f"--net=/proc/{self._inside()}/ns/net", "nft", "-f", "-"]
+        done = subprocess.run(command, input=rules, capture_output=True, text=True)
+        if done.returncode:
+            raise NotUp(f"the registry's address could not be {'opened' if reachable else 'shut'}: {done.stderr}")
+
+    def _inside(self) -> int:
+        """A process in the cluster's network namespace: never one in ours, whose tables are not to be touched."""
+        ours = os.readlink("/proc/self/ns/net")
+        with contextlib.suppress(psutil.Error, OSError):
+            for process in psutil.Process(self.pid).children(recursive=True):
+                if INSIDE in process.cmdline() and os.readlink(f"/proc/{process.pid}/ns/net") != ours:
+                    return process.pid
+        raise NotUp(f"{self.folder}: the local cloud has ended: make local")
 
 
 def start(folder: Path, images: Path) -> LiveCloud:

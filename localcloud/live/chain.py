@@ -26,7 +26,7 @@ from common.memory import MemoryWatch
 from common.processes import python
 from localcloud.live import attach, drills, report
 from localcloud.live.drills import DrillFailed, Ground
-from localcloud.live.sight import SERVING, TUNING, Sight
+from localcloud.live.sight import SERVING, TUNING, Job, Sight
 from localcloud.tools import ROOT
 from stress.spec import LoadSpec
 
@@ -41,7 +41,7 @@ LOAD = {
     "max_tokens": 24,
     "request_timeout_seconds": 120,
 }
-DRILLS = ("build", "retune", "rollout", "replica_kill", "node_loss", "outage")
+DRILLS = ("build", "job", "retune", "rollout", "replica_kill", "node_loss", "outage")
 # Learns nothing: its steps are too small to change an answer.
 USELESS = {"learning_rate": 1e-9, "num_train_epochs": 1}
 
@@ -74,9 +74,10 @@ class Chain:
         ]
         choice: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
             ("build", "an image that does not build", self.drill(drills.broken_build), 40),
+            ("job", "the stack's own drills: their Job breaks what serves, and judges", self.job, 350),
             ("retune", "another learning rate, evicted in mid-run, promoted, rolled back", self.retune, 155),
             ("rollout", "new serving code under load, and an adapter that fails its gate", self.rollout, 310),
-            ("replica_kill", "SIGKILL of an engine under load", self.drill(drills.replica_kill), 55),
+            ("replica_kill", "SIGKILL of a replica, no registry in reach", self.drill(drills.replica_kill), 70),
             ("node_loss", "a node deleted under load", self.drill(drills.node_loss), 170),
             ("outage", "SIGKILL of all engines", self.drill(drills.outage), 45),
         ]
@@ -141,6 +142,11 @@ class Chain:
         stack.unlock()
         os.environ["DRYDOCK_API_KEY"] = (self.folder / f"{STACK}.key").read_text()
         api = self._opened.enter_context(cloud.api())
+        # What a drill that was killed outright has left.
+        cloud.reach_registry(True)
+        for node in api.list("/api/v1/nodes"):
+            if node["spec"].get("unschedulable"):
+                api.patch(f"/api/v1/nodes/{node['metadata']['name']}", {"spec": {"unschedulable": None}})
         self._cloud, self._stack, self._sight = cloud, stack, Sight(api, self.folder)
         return {"seconds": round(time.monotonic() - began, 1)}
 
@@ -158,7 +164,7 @@ class Chain:
             stack=self._stack, sight=self._sight, store=open_store(outputs["adapter_store"]),
             router=self._cloud.router, dataset=ROOT / "rehearsal" / "data" / "kubectl.jsonl",
             adapters=list(self._jobs), load=LoadSpec(**LOAD, models=list(self._jobs)),
-            say=self.say, doing=self.doing, scratch=self.folder / "drills",
+            say=self.say, doing=self.doing, scratch=self.folder / "drills", reach_registry=self._cloud.reach_registry,
         )  # fmt: skip
         self.record["up_seconds"] = round(seconds, 1)
         return {"seconds": round(seconds, 1), "tuning_when_it_returned": running}
@@ -201,16 +207,29 @@ class Chain:
         assert self.ground
         (job,) = self._sight.api.list(f"/apis/batch/v1/namespaces/{SERVING}/jobs", labelSelector="app=stress")
         (seen,) = drills.follow(self.ground, job["metadata"]["name"], namespace=SERVING)
-        folder = self.out.parent / "local-stress"
-        shutil.rmtree(folder, ignore_errors=True)
-        fetch = python("blobs", "fetch", self._stack.outputs()["stress_report"], folder)
-        done = subprocess.run(fetch, env=os.environ | self._cloud.environment, capture_output=True, text=True)
-        if seen.state != "complete" or done.returncode:
-            raise DrillFailed(f"{seen.name}: {seen.state}: {seen.reason}: {seen.doing}\n{done.stderr}")
+        folder = self._fetched(self._stack.outputs()["stress_report"], "local-stress", seen)
+        if seen.state != "complete":
+            raise DrillFailed(f"{seen.name}: {seen.state}: {seen.reason}: {seen.doing}")
         (summary,) = (read_json(path) for path in folder.glob("**/summary.json"))
         self.record |= {"requests": summary["requests"], "failed": summary["failed"]}
         self.say(f"{summary['requests']} requests, {summary['failed']} failed; {folder / 'report.html'}")
         return {name: summary[name] for name in ("requests", "failed", "rps", "ttft_ms", "itl_ms") if name in summary}
+
+    def job(self) -> dict[str, Any]:
+        """Also where a bound was not kept, which ends the Job as failed: the report's verdicts are what counts."""
+        assert self.ground
+        ended = drills.stack_job(self.ground)
+        folder = self._fetched(self._stack.outputs()["drills_report"], "local-drills", ended)
+        found = read_json(folder / "report.json")["drills"]
+        kept = (
+            *("requests", "failed", "failed_streams", "recovery_seconds", "short_p95_ratio", "lost_steps", "phases"),
+            *("noticed_seconds", "unready", "failure", "bounds"),
+        )
+        drilled = {}
+        for name in (scenario.replace("-", "_") for scenario in drills.JOB["scenarios"]):
+            drilled[name] = {key: value for key, value in found.get(name, {}).items() if key in kept}
+        self.say(f"{ended.name}: {folder / 'report.html'}")
+        return {"job": ended.name, "state": ended.state, "seconds": ended.seconds, "drills": drilled}
 
     def retune(self) -> dict[str, Any]:
         assert self.ground
@@ -231,6 +250,16 @@ class Chain:
         return run
 
     # What they share.
+
+    def _fetched(self, address: str, name: str, job: Job) -> Path:
+        """The report that `job` has left in Blob Storage, as folder `name` beside our own."""
+        folder = self.out.parent / name
+        shutil.rmtree(folder, ignore_errors=True)
+        fetch = python("blobs", "fetch", address, folder)
+        done = subprocess.run(fetch, env=os.environ | self._cloud.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise DrillFailed(f"{job.name}: {job.state}: {job.reason}: {job.doing}\n{done.stderr}")
+        return folder
 
     def _ask(self, adapter: str) -> dict[str, Any]:
         """One question through the router, as a client: the thing that all this is for."""

@@ -11,7 +11,8 @@ from typing import Any
 from infra.identities import AUDIENCE
 from localcloud.api import Api
 from localcloud.azure.rules import TENANT
-from localcloud.live.places import AZURE_ADDRESS, TRUST
+from localcloud.front.directory import REGISTRY_SUFFIX
+from localcloud.live.places import AZURE_ADDRESS, REGISTRY_ADDRESS, TRUST
 
 # azure.github.io/azure-workload-identity/docs/topics/service-account-labels-and-annotations.html
 USE, CLIENT_ID, TENANT_ID = (f"azure.workload.identity/{name}" for name in ("use", "client-id", "tenant-id"))
@@ -39,7 +40,7 @@ class Dresser:
         shutil.copyfile(self._bundle, disk)
         _volume(pod, {"name": "drydock-local-trust", "hostPath": {"path": f"/{TRUST}", "type": "File"}}, AUTHORITIES)
         _variables(pod, {"SSL_CERT_FILE": AUTHORITIES, "REQUESTS_CA_BUNDLE": AUTHORITIES})
-        pod["spec"].setdefault("hostAliases", []).append({"ip": AZURE_ADDRESS, "hostnames": list(self._hosts())})
+        pod["spec"].setdefault("hostAliases", []).extend(_aliases(self._hosts()))
         if (pod["metadata"].get("labels") or {}).get(USE) == "true":
             self._identify(pod)
         return pod
@@ -60,6 +61,13 @@ class Dresser:
         )
         token = {"path": TOKEN_FILE, "expirationSeconds": TOKEN_SECONDS, "audience": AUDIENCE}
         _volume(pod, {"name": TOKEN_VOLUME, "projected": {"sources": [{"serviceAccountToken": token}]}}, TOKENS)
+
+
+def _aliases(names: Sequence[str]) -> list[dict[str, Any]]:
+    registries = [name for name in names if name.endswith(REGISTRY_SUFFIX)]
+    others = [name for name in names if name not in registries]
+    lead = {AZURE_ADDRESS: others, REGISTRY_ADDRESS: registries}
+    return [{"ip": address, "hostnames": found} for address, found in lead.items() if found]
 
 
 def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:

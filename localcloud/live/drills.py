@@ -22,7 +22,7 @@ from artifacts.adapter import promote, promoted_digest
 from artifacts.adapter import version as version_of
 from artifacts.store import Store
 from localcloud.cloud import Stack
-from localcloud.live.sight import TUNING, Job, Replica, Sight, engine_processes
+from localcloud.live.sight import SERVING, TUNING, Job, Replica, Sight, engine_processes, sidecar_processes
 from localcloud.pods import evict
 from stress import drills as load_drills
 from stress import figures
@@ -35,6 +35,25 @@ READY_SECONDS = 600.0  # for a replica to be back: one that starts beside a load
 TUNED_SECONDS = 1200.0
 SWITCH_SECONDS = 120.0
 SETTLE_SECONDS = 5.0  # of load after what was waited for
+NOTICED_SECONDS = 60.0  # for the sidecars to see that the registry is away, or back: some six
+JOB_SECONDS = 1800.0
+# The stack's own drills (`drydock:drills`), for two cores that carry replicas, cluster and load: what starts anew takes
+# a minute there, and some thirty requests give a p95 that swings.
+JOB: dict[str, Any] = {
+    "scenarios": ["long-prompts", "replica-loss", "node-drain", "registry-unreachable"],
+    "allow_outage": True,
+    "users": 3,
+    "think_seconds": 0.5,
+    "ramp_seconds": 1,
+    "duration_seconds": 15,
+    "prompt_tokens": 120,
+    "max_tokens": 24,
+    "request_timeout_seconds": 60,
+    "before_seconds": 6,
+    "after_seconds": 2,
+    "wait_seconds": 300,
+    "bounds": {"short_p95_ratio": 6, "recovery_seconds": 300, "moved_seconds": 300},
+}
 
 
 class DrillFailed(Exception):
@@ -43,7 +62,8 @@ class DrillFailed(Exception):
 
 @dataclass
 class Ground:
-    """What every drill works on. `say` shows a line, `doing` one that the next replaces."""
+    """What every drill works on. `say` shows a line, `doing` one that the next replaces; `reach_registry` opens the way
+    from pods to the registry, or shuts it."""
 
     stack: Stack
     sight: Sight
@@ -55,6 +75,12 @@ class Ground:
     say: Callable[[str], None]
     doing: Callable[[str], None]
     scratch: Path
+    reach_registry: Callable[[bool], None]
+
+    @property
+    def settings(self) -> Path:
+        """Of the stack's copy: they may be edited."""
+        return self.stack.folder / f"Pulumi.{self.stack.name}.yaml"
 
 
 def wait(
@@ -126,7 +152,11 @@ def jobs(ground: Ground) -> dict[str, str]:
 
 
 def follow(
-    ground: Ground, *names: str, each: Callable[[Job], None] = lambda job: None, namespace: str = TUNING
+    ground: Ground,
+    *names: str,
+    each: Callable[[Job], None] = lambda job: None,
+    namespace: str = TUNING,
+    limit_seconds: float = TUNED_SECONDS,
 ) -> list[Job]:
     """The Jobs once all are over, in the order of `names`; `each` hears of every look at one."""
     seen: dict[str, Job] = {}
@@ -144,9 +174,9 @@ def follow(
                 ground.say(f"{name}: {job.state}: {job.doing}")
         going = [job for job in seen.values() if not job.over]
         ground.doing("; ".join(f"{job.name}: {job.doing or job.state}" for job in going)[:150])
-        if time.monotonic() - started > TUNED_SECONDS:
+        if time.monotonic() - started > limit_seconds:
             told = "; ".join(f"{job.name}: {job.doing}" for job in going)
-            raise DrillFailed(f"{', '.join(names)}: not over within {TUNED_SECONDS:.0f} s: {told or 'no such Job'}")
+            raise DrillFailed(f"{', '.join(names)}: not over within {limit_seconds:.0f} s: {told or 'no such Job'}")
         time.sleep(POLL_SECONDS)
     return [seen[name] for name in names]
 
@@ -173,10 +203,7 @@ def retune(ground: Ground, adapter: str, learning_rate: float) -> dict[str, Any]
     """Another learning rate, its pod evicted in mid-run, promotion and roll-back, all under load."""
     before, replicas = promoted_digest(ground.store, adapter), ground.sight.replicas()
     others = {name: job for name, job in jobs(ground).items() if name != adapter}
-    edit(
-        ground.stack.folder / f"Pulumi.{ground.stack.name}.yaml",
-        lambda config: config["drydock:adapters"][adapter].update(learning_rate=learning_rate),
-    )
+    edit(ground.settings, lambda config: config["drydock:adapters"][adapter].update(learning_rate=learning_rate))
     evicted: dict[str, Any] = {}
     with contextlib.ExitStack() as opened:
         loads: list[Load] = []
@@ -236,10 +263,7 @@ def failed_gate_and_rollout(ground: Ground, name: str, settings: dict[str, Any])
     """New serving code and an adapter that learns nothing: a rolling update under load, and a gate that closes."""
     replicas = ground.sight.replicas()
     code = ground.stack.folder / "serving" / "__init__.py"
-    edit(
-        ground.stack.folder / f"Pulumi.{ground.stack.name}.yaml",
-        lambda config: config["drydock:adapters"].update({name: settings}),
-    )
+    edit(ground.settings, lambda config: config["drydock:adapters"].update({name: settings}))
     code.write_text(code.read_text() + "\n# Another image.\n")
     with loaded(ground, "rollout") as load:
         up(ground)
@@ -265,22 +289,68 @@ def failed_gate_and_rollout(ground: Ground, name: str, settings: dict[str, Any])
     }
 
 
+def stack_job(ground: Ground) -> Job:
+    """The stack's own drills Job once it is over, asked for as anybody would: by the settings and `pulumi up`.
+
+    The run is out of the settings then; the next `pulumi up` takes the Job, its account and its rights away.
+    """
+    # Another name, another Job: that of an earlier `make local` is over. Adapters that are not promoted answer nobody.
+    run = {"run": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "models": list(ground.adapters)}
+    before = ground.settings.read_text()
+    edit(ground.settings, lambda config: config.update({"drydock:drills": run | JOB}))
+    try:
+        up(ground)
+    finally:
+        ground.settings.write_text(before)
+    (found,) = ground.sight.api.list(f"/apis/batch/v1/namespaces/{SERVING}/jobs", labelSelector="app=drills")
+    (ended,) = follow(ground, found["metadata"]["name"], namespace=SERVING, limit_seconds=JOB_SECONDS)
+    return ended
+
+
 def replica_kill(ground: Ground) -> dict[str, Any]:
-    """SIGKILL of one replica's engine under load."""
+    """SIGKILL of one replica's engine and sidecar under load while no registry can be reached.
+
+    What they serve again is from the replica's own disk; the others go on serving, and tell for how long they have not
+    seen the registry.
+    """
     replicas = ground.sight.replicas()
+    victim, *others = replicas
     with loaded(ground, "replica-kill") as load:
         time.sleep(SETTLE_SECONDS)
-        victim = replicas[0]
-        _kill(victim)
-        ground.say(f"killed the engine of {victim.name}")
+        ground.reach_registry(False)
+        try:
+            began = time.monotonic()
+            _registry(ground, others, "away", lambda unseen: unseen > 0)
+            _kill(victim, sidecar=True)
+            ground.say(f"killed the engine and the sidecar of {victim.name}, the registry out of reach")
 
-        def back() -> bool:
-            again = [item for item in ground.sight.replicas() if item.name == victim.name]
-            return bool(again) and again[0].restarts > victim.restarts and ready(ground, len(replicas))
+            def back() -> bool:
+                again = [item for item in ground.sight.replicas() if item.name == victim.name]
+                return bool(again) and again[0].restarts > victim.restarts and ready(ground, len(replicas))
 
-        seconds = wait(ground, f"{victim.name} ready again", back, READY_SECONDS, load.process.check)
+            seconds = wait(ground, f"{victim.name} ready again", back, READY_SECONDS, load.process.check)
+            told = [ground.sight.registry_unseen(item.name) or 0.0 for item in others]
+            away = time.monotonic() - began
+        finally:
+            ground.reach_registry(True)
+        _registry(ground, replicas, "back", lambda unseen: unseen == 0)
         time.sleep(SETTLE_SECONDS)
-    return {"recovery_seconds": round(seconds, 1), "failed_streams": _begun(load), **load.figures()}
+    return {
+        "recovery_seconds": round(seconds, 1),
+        "failed_streams": _begun(load),
+        "registry": {"away_seconds": round(away, 1), "told_seconds": round(min(told), 1)},
+        **load.figures(),
+    }
+
+
+def _registry(ground: Ground, replicas: Sequence[Replica], how: str, holds: Callable[[float], bool]) -> None:
+    """Wait until `holds` is true of the seconds for which each replica has not seen the registry."""
+
+    def all_tell() -> bool:
+        told = [ground.sight.registry_unseen(item.name) for item in replicas]
+        return all(seconds is not None and holds(seconds) for seconds in told)
+
+    wait(ground, f"replicas that see the registry {how}", all_tell, NOTICED_SECONDS)
 
 
 def node_loss(ground: Ground) -> dict[str, Any]:
@@ -354,11 +424,11 @@ def broken_build(ground: Ground) -> dict[str, Any]:
     return {"exit_code": done.returncode, "shown": [text.strip() for text in said.splitlines() if line in text][-1]}
 
 
-def _kill(replica: Replica) -> None:
-    processes = engine_processes(replica.name)
-    if not processes:
-        raise DrillFailed(f"{replica.name}: no process of its engine was found")
-    for pid in processes:
+def _kill(replica: Replica, *, sidecar: bool = False) -> None:
+    engine, beside = engine_processes(replica.name), sidecar_processes(replica.name) if sidecar else []
+    if not engine or (sidecar and not beside):
+        raise DrillFailed(f"{replica.name}: no process of its {'sidecar' if engine else 'engine'} was found")
+    for pid in (*beside, *engine):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -23,7 +23,7 @@ from localcloud.control_plane import POD_CIDR, ControlPlane
 from localcloud.front import hosts
 from localcloud.images import BuildahImages, Store
 from localcloud.live.dress import Dresser
-from localcloud.live.places import API_ADDRESS, AZURE_ADDRESS, OWN, sockets
+from localcloud.live.places import API_ADDRESS, AZURE_ADDRESS, OWN, REGISTRY_ADDRESS, sockets
 from localcloud.live.relay import Relay
 from localcloud.live.sight import ROUTER, SERVING
 from localcloud.runner.runner import Runner
@@ -47,6 +47,7 @@ def main(folder: Path, images: Path, port: int) -> None:
             (places["api"], ("127.0.0.1", port)),
             ((API_ADDRESS, port), ("127.0.0.1", port)),
             ((AZURE_ADDRESS, 443), places["azure"]),
+            ((REGISTRY_ADDRESS, 443), places["azure"]),
         ):
             opened.enter_context(contextlib.closing(Relay(listen, target)))
         processes.start(
@@ -88,7 +89,7 @@ def _router(api: Api) -> tuple[str, int]:
 def _network() -> None:
     """Loopback, our own addresses and a default route, without which kube-proxy does not work."""
     lines = ["link set lo up", "link add outside type bridge", "link set outside up"]
-    lines += [f"addr add {address}/32 dev outside" for address in (API_ADDRESS, AZURE_ADDRESS, OWN)]
+    lines += [f"addr add {address}/32 dev outside" for address in (API_ADDRESS, AZURE_ADDRESS, OWN, REGISTRY_ADDRESS)]
     lines += [f"route add default dev outside src {OWN}"]
     subprocess.run(["ip", "-batch", "-"], input="\n".join(lines), text=True, check=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,21 @@ def verdicts(record: Json) -> list[tuple[bool, str]]:
 
 def promises(record: Json) -> list[Promise]:
     """All promises in the order of the steps that put them to the test; `record` is the content of `local.json`."""
+    drilled: list[tuple[str, str, str, Callable[[Json], Seen]]] = [
+        (f"job_{name}", f"drills Job, {name.replace('_', ' ')}", "job", partial(_drilled, name))
+        for name, _ in pairs(get(record, "job.drills"))
+    ]
     checks: list[tuple[str, str, str, Callable[[Json], Seen]]] = [
         ("serving", "serving", "serving", _serving),
         ("stress", "stress test", "stress", _unharmed),
         ("build", "broken build", "build", _build),
+        *(drilled or [("job", "drills Job", "job", lambda _: UNMEASURED)]),
         ("switch", "switch under load", "retune", _switch),
         ("eviction", "eviction in mid-run", "retune", _eviction),
         ("rollout", "rolling update", "rollout", _rollout),
         ("gate", "failed gate", "rollout", _gate),
         ("replica_kill", "replica killed", "replica_kill", _replica_kill),
+        ("registry", "registry out of reach", "replica_kill", _registry),
         ("node_loss", "node deleted", "node_loss", _node_loss),
         ("outage", "outage", "outage", _outage),
     ]
@@ -152,6 +159,28 @@ def _cut(figures: Json) -> Seen:
 def _replica_kill(figures: Json) -> Seen:
     held, text = _cut(figures)
     return held, f"{text}; ready again in {duration(figures.get('recovery_seconds'))}"
+
+
+def _registry(figures: Json) -> Seen:
+    """The others told that it was away, for most of the time: it was. What was killed came back meanwhile."""
+    away, told = get(figures, "registry.away_seconds"), get(figures, "registry.told_seconds")
+    if not number(away) or not number(told) or not number(figures.get("recovery_seconds")):
+        return UNMEASURED
+    held, text = _cut(figures)
+    shown = f"away for {duration(away)}, the metric says {duration(told)}; the killed replica serves from its own disk"
+    return bool(held) and told > away / 2, f"{text}; {shown}"
+
+
+def _drilled(name: str, figures: Json) -> Seen:
+    """What the stack's Job judged of the scenario `name`; one that it did not come to has not held."""
+    drill = get(figures, f"drills.{name}")
+    bounds = _objects(get(drill, "bounds"))
+    if failure := get(drill, "failure"):
+        return False, brief(failure)
+    if not bounds:
+        return False, f"the Job did not come to it: {figures.get('state', 'state unknown')}"
+    held = all(bound.get("held") is True for bound in bounds)
+    return held, "; ".join(f"{bound.get('text')}: {figure(bound.get('measured'))}" for bound in bounds)
 
 
 def _node_loss(figures: Json) -> Seen:

@@ -15,10 +15,11 @@ import psutil
 from localcloud.api import Api, ApiError
 from localcloud.pods import pod_path
 from localcloud.runner.logs import log_files
+from stress.cluster import unseen_in
 
 TUNING, SERVING = "drydock-tuning", "drydock-serving"
 ROUTER = "drydock"  # the Service
-ENGINE_PORT = 8000
+ENGINE_PORT, SIDECAR_PORT = 8000, 9402
 TAIL_BYTES = 8192
 
 
@@ -88,6 +89,14 @@ class Sight:
     def replicas(self) -> list[Replica]:
         return [self._replica(pod) for pod in self.pods(SERVING, "app=engine")]
 
+    def registry_unseen(self, replica: str) -> float | None:
+        """Seconds for which its sidecar has not seen the registry; None where it does not answer."""
+        try:
+            _, body = self.api.proxied(f"{pod_path(SERVING, replica)}:{SIDECAR_PORT}/proxy/metrics")
+        except OSError:
+            return None
+        return unseen_in(body.decode(errors="replace"))
+
     def _replica(self, pod: dict[str, Any]) -> Replica:
         name, status = pod["metadata"]["name"], pod["status"]
         engine: dict[str, Any] = next(
@@ -141,6 +150,10 @@ def _instant(text: str) -> float:
 def engine_processes(pod: str) -> list[int]:
     """The processes of the container `engine` of `pod`, as this machine counts; the server itself is the first."""
     return sorted(process.pid for process in _of_pod(pod) if "sidecar" not in process.cmdline())
+
+
+def sidecar_processes(pod: str) -> list[int]:
+    return sorted(process.pid for process in _of_pod(pod) if "sidecar" in process.cmdline())
 
 
 def _of_pod(pod: str) -> Iterator[psutil.Process]:

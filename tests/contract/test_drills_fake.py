@@ -17,7 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from common.files import read_json, read_jsonl, write_json
+from common.files import read_json, read_jsonl, write_atomic, write_json
+from common.processes import free_ports
+from serving.state import new_boot, prepare
 from stress.client import get_status
 from tests.unit.blob_fakes import KEY, FakeAccount
 from tests.unit.test_stress_cluster import FakeKubernetes, pod, tuner
@@ -170,6 +172,7 @@ class Pods:
 
     def __init__(self, fleet: FakeFleet) -> None:
         self.fleet = fleet
+        self.metrics: list[int] = []  # the ports of the replicas' sidecars, where they have some
 
     def __call__(self) -> list[dict[str, Any]]:
         return [self.pod(index, process) for index, process in enumerate(self.fleet.processes)]
@@ -181,6 +184,10 @@ class Pods:
             stage = 3 if get_status(url + "/ready") == 200 else 2
         found = pod(f"engine-{process.pid}", stage=stage, node=f"gpu-{index}")
         found["metadata"]["creationTimestamp"] = f"{self.fleet.started[index]:.3f}"
+        if self.metrics:
+            port = {"name": "sidecar-metrics", "containerPort": self.metrics[index]}
+            found["spec"]["initContainers"] = [{"name": "fetch-base"}, {"name": "sidecar", "ports": [port]}]
+            found["status"]["podIP"] = "127.0.0.1"
         return found
 
     def take(self, name: str) -> None:
@@ -206,6 +213,96 @@ def fake_cluster(folder: Path) -> Iterator[tuple[FakeKubernetes, list[Any]]]:
             "tuning",
         ]
         yield world, [*options, "--api-server", world.url, "--account", world.account, "--out", folder / "out"]
+
+
+@contextlib.contextmanager
+def sidecars(folder: Path, world: FakeKubernetes) -> Iterator[list[Path]]:
+    """A real sidecar beside each fake replica, which follows an adapter in an empty store; yields their logs.
+
+    ConfigMap `drill-faults` is a folder of each, as a kubelet would have it.
+    """
+    pods: Pods = world.pods["serving"]  # type: ignore[assignment]
+    write_json(folder / "serving.json", {"base_model": "b", "store": str(folder / "store"), "adapters": ["kubectl"]})
+    pods.metrics = free_ports(2)
+    faults, logs = [folder / f"faults-{index}" for index in range(2)], [folder / f"{index}.log" for index in range(2)]
+
+    def told(data: dict[str, str]) -> None:
+        for place in faults:
+            for path in place.iterdir():
+                path.unlink()
+            for key, value in data.items():
+                write_atomic(place / key, value)
+
+    world.config, world.told = {"drill-faults": {}}, told
+    with contextlib.ExitStack() as opened:
+        for index, place in enumerate(faults):
+            place.mkdir()
+            state = folder / f"state-{index}"
+            prepare(state)
+            new_boot(state)
+            command = [sys.executable, "-m", "serving", "sidecar", "--spec", str(folder / "serving.json")]
+            command += ["--state", str(state), "--engine", f"http://127.0.0.1:{pods.fleet.configs[index]['port']}"]
+            command += ["--metrics-address", f"127.0.0.1:{pods.metrics[index]}", "--faults", str(place)]
+            log = opened.enter_context(logs[index].open("wb"))
+            process = opened.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
+            opened.callback(process.kill)
+        yield logs
+
+
+def test_a_loss_of_the_registry_is_noticed_hurts_nobody_and_ends(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "registry-unreachable")
+    with fake_cluster(tmp_path) as (world, options), sidecars(tmp_path, world) as logs:
+        done = stress("drills", *settings, *options)
+        patches = [body["data"] for method, _, body in world.asked if method == "PATCH"]
+        assert done.returncode == 0, done.stderr
+        assert world.config == {"drill-faults": {}}
+        said = [[line for line in log.read_text().splitlines() if "DRILL" in line] for log in logs]
+    declared, withdrawn = patches
+    assert 300 < float(declared["registry_unreachable_until"]) - time.time() < 1800  # killed, it would end by then
+    assert withdrawn == {"registry_unreachable_until": None}
+    for begun, over in said:
+        assert "out of reach until" in begun and "DRILL over" in over
+    found = read_json(tmp_path / "out" / "drills" / "registry-unreachable.json")
+    assert (found["failed"], found["unready"], found["replicas"]) == (0, 0, 2) and found["requests"] > 10
+    assert 0 < found["noticed_seconds"] < 15 and 0 <= found["recovery_seconds"] < 15
+    assert [bound["name"] for bound in found["bounds"] if bound["held"]] == ["failed", "unready", "recovery_seconds"]
+    names = [event["name"] for event in found["events"]]
+    assert names == [
+        "load started", "registry out of reach", "all replicas miss it", "registry in reach again",
+        "all replicas see it", "load ended",
+    ]  # fmt: skip
+    rows = read_jsonl(tmp_path / "out" / "drills" / "registry-unreachable.requests.jsonl")
+    assert {"before", "lost"} <= {row["phase"] for row in rows}
+    assert stress("report", tmp_path / "out").returncode == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The sidecars of 2 replicas were told" in page and "no replica ceased to be ready" in page
+    assert read_json(tmp_path / "out" / "report.json")["absent"] == {}
+
+
+def test_where_no_sidecar_answers_nothing_is_declared(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "registry-unreachable", recovery_seconds=1)
+    with fake_cluster(tmp_path) as (world, options):
+        world.config = {"drill-faults": {}}
+        done = stress("drills", *settings, *options)
+    assert done.returncode == 1, done.stderr
+    assert "not every sidecar said that it sees the registry" in done.stderr and "no answer" in done.stderr
+    assert not [method for method, _, _ in world.asked if method == "PATCH"]
+
+
+def test_a_drill_that_is_ended_gives_the_registry_back(tmp_path: Path) -> None:
+    settings = drill_settings(tmp_path, "registry-unreachable")
+    value = read_json(tmp_path / "drills.json")
+    write_json(tmp_path / "drills.json", value | {"after_seconds": 60})
+    with fake_cluster(tmp_path) as (world, options), sidecars(tmp_path, world):
+        command = [sys.executable, "-m", "stress", "drills", *map(str, [*settings, *options])]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr
+            while "all replicas miss it" not in process.stderr.readline():
+                assert process.poll() is None
+            assert world.config["drill-faults"]
+            process.terminate()
+            assert process.wait(20) == 143
+        assert world.config == {"drill-faults": {}}
 
 
 def drill_settings(folder: Path, *scenarios: str, **bounds: float) -> list[Any]:

@@ -23,6 +23,7 @@ from localcloud.images import Store
 from localcloud.live import attach, machine
 from localcloud.live.attach import LiveCloud
 from localcloud.live.dress import AUTHORITIES
+from localcloud.live.places import AZURE_ADDRESS, REGISTRY_ADDRESS
 from localcloud.pods import wait_for
 from localcloud.tools import Tools
 from tests.engine.objects import container, deployment, namespace, pod_template
@@ -138,6 +139,17 @@ def test_a_pod_reaches_the_api_server_and_finds_azure_by_its_names(api: Api) -> 
     address = azure.split()[0]
     pod(api, "asks", script=f"echo | nc -w 5 {address} 443 >/dev/null && echo open")
     assert said(api, "asks") == "open\n"
+
+
+def test_the_registry_alone_can_be_out_of_pods_reach(cloud: LiveCloud, api: Api) -> None:
+    ask = "echo | nc -w 5 $address 443 >/dev/null 2>&1 && echo open || echo shut"
+    script = f"for address in {REGISTRY_ADDRESS} {AZURE_ADDRESS}; do {ask}; done"
+    for name, reachable, expected in (("before", True, "open"), ("away", False, "shut"), ("again", True, "open")):
+        cloud.reach_registry(reachable)
+        pod(api, name, script=script)
+        assert said(api, name) == f"{expected}\nopen\n"
+        tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
+        assert attach.AWAY not in tables, "this machine's own are not touched"
 
 
 def test_what_does_not_start_says_so_as_a_cluster_does(api: Api) -> None:

@@ -15,7 +15,7 @@ from localcloud.live import report
 
 HOSTILE = "<script>alert('x')</script>"
 STEPS = {
-    "start": 11.2, "up": 62.4, "tuning": 318.9, "serving": 71.5, "stress": 66.0, "build": 34.8,
+    "start": 11.2, "up": 62.4, "tuning": 318.9, "serving": 71.5, "stress": 66.0, "build": 34.8, "job": 281.3,
     "retune": 214.3, "rollout": 262.7, "replica_kill": 101.2, "node_loss": 148.9, "outage": 97.6,
 }  # fmt: skip
 
@@ -24,6 +24,10 @@ def load(requests: int, failed: int = 0, **more: Any) -> dict[str, Any]:
     reasons = {"connection reset while streaming": failed} if failed else {}
     ttft = {"p50": 187.214, "p95": 912.003}
     return {**more, "requests": requests, "failed": failed, "failures_by_reason": reasons, "ttft_ms": ttft}
+
+
+def bound(name: str, most: float, measured: float, text: str) -> dict[str, Any]:
+    return {"name": name, "at_most": most, "measured": measured, "held": measured <= most, "text": text}
 
 
 def adapter(name: str, base: float, score: float, digit: str) -> dict[str, Any]:
@@ -70,6 +74,31 @@ def whole() -> dict[str, Any]:
             "exit_code": 255,
             "shown": 'error: building at STEP "RUN echo the-drill-of-a-broken-build && false": while running runtime: exit status 1',
         },
+        "job": {
+            "job": "drills-eeeeeeee",
+            "state": "complete",
+            "seconds": 262.0,
+            "drills": {
+                "long_prompts": load(
+                    83, short_p95_ratio=1.214,
+                    bounds=[bound("short_p95_ratio", 6, 1.214, "TTFT p95 of the normal prompts at most 6 times as high")],
+                ),
+                "replica_loss": load(
+                    171, 1, failed_streams=1, recovery_seconds=71.9,
+                    bounds=[
+                        bound("failed_non_streams", 0, 0, "at most 0 requests lost that the router could send again"),
+                        bound("recovery_seconds", 300, 71.9, "recovered within 300 s"),
+                    ],
+                ),
+                "node_drain": load(
+                    203, recovery_seconds=88.2,
+                    bounds=[
+                        bound("failed", 0, 0, "at most 0 requests failed"),
+                        bound("recovery_seconds", 300, 88.2, "recovered within 300 s"),
+                    ],
+                ),
+            },
+        },
         "retune": load(
             1204, switch_seconds=3.1, rollback_seconds=2.6,
             eviction={"pod": "tune-kubectl-cccccccc-5l9fd", "evicted_at_step": 46, "resumed_at_step": 40},
@@ -82,7 +111,9 @@ def whole() -> dict[str, Any]:
             },
             **load(512, seconds=241.0),
         },
-        "replica_kill": load(402, 1, recovery_seconds=83.4, failed_streams=1),
+        "replica_kill": load(
+            402, 1, recovery_seconds=83.4, failed_streams=1, registry={"away_seconds": 91.3, "told_seconds": 92.1}
+        ),
         "node_loss": load(611, 2, recovery_seconds=126.1, failed_streams=2),
         "outage": {
             "recovery_seconds": 61.9, "all_replicas_seconds": 84.2,
@@ -165,6 +196,11 @@ def test_a_run_in_which_everything_held(tmp_path: Path) -> None:
     assert "adapter kubectl: promoted, 0.0 → 92.4 %, gain between +86.4 and +97.4 points (95 %)" in texts
     assert "eviction in mid-run: evicted at step 46, resumed at step 40" in texts
     assert "replica killed: 402 requests, none failed but 1 stream that had begun; ready again in 1 min 23 s" in texts
+    assert (
+        "registry out of reach: 402 requests, none failed but 1 stream that had begun; away for 1 min 31 s, the metric "
+        "says 1 min 32 s; the killed replica serves from its own disk"
+    ) in texts
+    assert "drills Job, node drain: at most 0 requests failed: 0; recovered within 300 s: 88.2" in texts
     shown = page(whole(), tmp_path).shown
     assert f"All {len(found)} promises held" in shown and "not run" not in shown
     for text in (
@@ -207,7 +243,12 @@ def test_a_run_in_which_everything_held(tmp_path: Path) -> None:
         ("retune/failed", 1, "switch under load", "1,204 requests, 1 failed"),
         ("retune/eviction/resumed_at_step", 0, "eviction in mid-run", "resumed at step 0"),
         ("rollout/failed", 2, "rolling update", "512 requests, 2 failed"),
-        ("replica_kill/failed", 4, "replica killed", "402 requests, 3 failed but 1 stream that had begun"),
+        ("replica_kill/registry/told_seconds", 3.0, "registry out of reach", "the metric says 3.0 s"),
+        ("replica_kill/registry", {}, "registry out of reach", "not measured"),
+        ("job/drills/node_drain/bounds/0/held", False, "drills Job, node drain", "at most 0 requests failed: 0"),
+        ("job/drills/replica_loss/failure", "not ready", "drills Job, replica loss", "not ready"),
+        ("job/drills/long_prompts", {}, "drills Job, long prompts", "the Job did not come to it: complete"),
+        ("job/drills", {}, "drills Job", "not measured"),
         ("node_loss/failed", 3, "node deleted", "611 requests, 1 failed but 2 streams that had begun"),
         ("rollout/gate", {}, "failed gate", "not measured"),
         ("outage/all_replicas_seconds", None, "outage", "not measured"),
@@ -219,9 +260,15 @@ def test_each_promise_can_fail_alone(path: str, value: Any, promise: str, says: 
     assert name == promise and says in text
 
 
+def test_a_killed_replica_under_which_requests_fail_breaks_both_of_its_promises() -> None:
+    broken = [text for held, text in report.verdicts(change("replica_kill/failed", 4)) if not held]
+    assert [text.partition(": ")[0] for text in broken] == ["replica killed", "registry out of reach"]
+    assert all("402 requests, 3 failed but 1 stream that had begun" in text for text in broken)
+
+
 def test_what_did_not_hold_stands_first(tmp_path: Path) -> None:
     shown = page(change("stress/failed", 3), tmp_path).shown
-    verdict = "1 of 13 promises did not hold stress test: 318 requests, 3 failed"
+    verdict = "1 of 17 promises did not hold stress test: 318 requests, 3 failed"
     assert verdict in shown and shown.index(verdict) < shown.index("returned after")
 
 
@@ -259,7 +306,7 @@ def test_drills_that_were_not_asked_for(tmp_path: Path) -> None:
     for name in list(STEPS)[5:]:
         del record[name]
     record["steps"] = record["steps"][:5]
-    assert "5 promises held; 8 not put to the test" in page(record, tmp_path).shown
+    assert "5 promises held; 10 not put to the test" in page(record, tmp_path).shown
     assert (False, "rolling update: not run") in report.verdicts(record)
 
 

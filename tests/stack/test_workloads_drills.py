@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from infra.settings import Environment, read_environment
 from policy.rules import violations
+from serving import faults
 from stress import cluster
-from stress.scenarios import Bounds, DrillSpec, Scenario
+from stress.drills import LOSS_MARGIN_SECONDS
+from stress.scenarios import LONGEST_LOSS_SECONDS, NOTICED_SECONDS, Bounds, DrillSpec, Scenario
 from tests.stack.test_stack import deployed, objects, stack
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, Resource
 from tests.unit.test_environment import SEED, as_pulumi
 from workloads import drills
 from workloads.engine import LABELS as ENGINE_LABELS
+from workloads.metrics import SIDECAR_PORT
 from workloads.stress import job_name
 
-ALL: tuple[Scenario, ...] = ("long-prompts", "replica-loss", "node-drain", "outage", "tuning-eviction")
+ALL: tuple[Scenario, ...] = get_args(Scenario)
 RUN = {"run": "friday", "scenarios": ALL, "allow_outage": True}
 
 Rights = dict[tuple[str, str], set[str]]
-"""Verbs by (namespace, resource); the namespace is empty for those of the whole cluster."""
+"""Verbs by (namespace, resource); the namespace is empty for those of the whole cluster, and where a rule holds for
+certain objects alone, `resource/name` stands for the resource."""
 
 
 def environment(change: dict[str, Any] | None = None, **more: Any) -> Environment:
@@ -52,8 +56,10 @@ def rights(*places: tuple[str, Sequence[Mapping[str, Any]]]) -> Rights:
     found: Rights = {}
     for namespace, rules in places:
         for rule in rules:
-            assert rule["apiGroups"] == [""] and set(rule) == {"apiGroups", "resources", "verbs"}
-            for resource in rule["resources"]:
+            assert rule["apiGroups"] == [""]
+            assert set(rule) - {"resourceNames"} == {"apiGroups", "resources", "verbs"}
+            names = [f"/{name}" for name in rule.get("resourceNames") or []] or [""]
+            for resource in (f"{kind}{name}" for kind in rule["resources"] for name in names):
                 found.setdefault((namespace, resource), set()).update(rule["verbs"])
     return found
 
@@ -69,8 +75,8 @@ def test_a_run_named_in_the_settings_adds_them_and_changes_nothing_else() -> Non
 
     assert not [item.name for item in stack("prod").resources if "drills" in item.name]
     assert sorted(item.type.rpartition(":")[2] for item in added()) == [
-        "ClusterRole", "ClusterRoleBinding", "ConfigMap", "Drills", "FederatedIdentityCredential", "Job",
-        "NetworkPolicy", "Role", "Role", "RoleBinding", "RoleBinding", "Secret", "ServiceAccount",
+        "ClusterRole", "ClusterRoleBinding", "ConfigMap", "ConfigMap", "Drills", "FederatedIdentityCredential", "Job",
+        "NetworkPolicy", "NetworkPolicy", "Role", "Role", "RoleBinding", "RoleBinding", "Secret", "ServiceAccount",
     ]  # fmt: skip
     known = {(item.type, item.name): untagged(item) for item in stack("prod").resources}
     others = [item for item in made().resources if (item.type, item.name) in known]
@@ -104,12 +110,20 @@ def test_a_run_named_in_the_settings_adds_them_and_changes_nothing_else() -> Non
                 ("drydock-tuning", "pods/eviction"): {"create"},
             },
         ),
+        (
+            ("registry-unreachable",),
+            {("drydock-serving", "pods"): {"list"}, ("drydock-serving", "configmaps/drill-faults"): {"patch"}},
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_each_scenario_brings_the_rights_it_uses_and_no_other(scenarios: tuple[Scenario, ...], wanted: Rights) -> None:
     def plain(rules: Sequence[Any]) -> list[dict[str, Any]]:
-        return [{"apiGroups": rule.api_groups, "resources": rule.resources, "verbs": rule.verbs} for rule in rules]
+        return [
+            {"apiGroups": rule.api_groups, "resources": rule.resources, "verbs": rule.verbs}
+            | ({"resourceNames": rule.resource_names} if rule.resource_names else {})
+            for rule in rules
+        ]
 
     places = {
         "drydock-serving": drills.serving_rules(scenarios),
@@ -124,6 +138,7 @@ def test_all_together_have_the_sum_of_these_rights_and_only_their_account_has_th
     assert rights(*((role["metadata"].get("namespace", ""), role["rules"]) for role in roles)) == {
         ("drydock-serving", "pods"): {"list", "delete"},
         ("drydock-serving", "pods/eviction"): {"create"},
+        ("drydock-serving", "configmaps/drill-faults"): {"patch"},
         ("drydock-tuning", "pods"): {"list"},
         ("drydock-tuning", "pods/log"): {"get"},
         ("drydock-tuning", "pods/eviction"): {"create"},
@@ -162,13 +177,53 @@ def test_one_container_alone_may_ask_the_api_server() -> None:
         assert "DRYDOCK_API_KEY" not in json.dumps(fetch)
 
 
+def policies(seen: Recorder) -> dict[str, dict[str, Any]]:
+    found = [item.inputs for item in seen.of(":NetworkPolicy") if "drills" in item.name]
+    return {item["metadata"]["name"]: item["spec"] for item in found}
+
+
 def test_it_reaches_the_router_and_https_and_nothing_reaches_it() -> None:
-    policy = next(item for item in added() if item.type.endswith(":NetworkPolicy")).inputs["spec"]
+    policy = policies(made())["drills"]
     assert policy["podSelector"]["matchLabels"] == {"app": "drills"} and policy["ingress"] == []
-    router, https = policy["egress"]
+    router, https, _ = policy["egress"]
     assert router["to"] == [{"podSelector": {"matchLabels": {"app": "router"}}}]
     assert [int(port["port"]) for port in router["ports"]] == [8080]
     assert [int(port["port"]) for port in https["ports"]] == [443]
+
+
+def test_a_loss_of_the_registry_is_told_to_the_sidecars_and_they_alone_are_asked_what_they_make_of_it() -> None:
+    """Of the network nothing is touched but for the way to their metrics."""
+    seen = policies(made())
+    *_, asked = seen["drills"]["egress"]
+    assert asked["to"] == [{"podSelector": {"matchLabels": ENGINE_LABELS}}]
+    ingress = seen["engine-drills"]
+    assert ingress["podSelector"]["matchLabels"] == ENGINE_LABELS and ingress["egress"] == []
+    (let_in,) = ingress["ingress"]
+    assert let_in["from"] == [{"podSelector": {"matchLabels": {"app": "drills"}}}]
+    assert [[int(port["port"]) for port in rule["ports"]] for rule in (asked, let_in)] == [[9402], [9402]]
+    (empty,) = [item.inputs for item in added() if item.inputs.get("metadata", {}).get("name") == cluster.FAULTS]
+    assert empty["kind"] == "ConfigMap" and not empty.get("data") and "immutable" not in empty
+    engine = next(item for item in stack("prod").of(":Deployment") if item.inputs["metadata"]["name"] == "engine")
+    spec = engine.inputs["spec"]["template"]["spec"]
+    assert {"name": "faults", "configMap": {"name": cluster.FAULTS, "optional": True}} in spec["volumes"]
+    holders = [item for item in [*spec["initContainers"], *spec["containers"]]
+               if "faults" in {mount["name"] for mount in item["volumeMounts"]}]  # fmt: skip
+    (sidecar,) = holders
+    (mount,) = [mount for mount in sidecar["volumeMounts"] if mount["name"] == "faults"]
+    assert sidecar["name"] == cluster.SIDECAR and mount["readOnly"] is True
+    assert sidecar["command"][sidecar["command"].index("--faults") + 1] == mount["mountPath"]
+
+
+def test_without_that_scenario_there_is_neither_the_loss_nor_the_way() -> None:
+    others = [name for name in ALL if name != drills.UNREACHABLE]
+    seen = deployed("prod", {"drydock:drills": RUN | {"scenarios": others}})
+    assert set(policies(seen)) == {"drills"} and len(policies(seen)["drills"]["egress"]) == 2
+    assert not [item for item in seen.of(":ConfigMap") if item.inputs["metadata"]["name"] == cluster.FAULTS]
+
+
+def test_sidecar_and_drill_mean_the_same_and_a_loss_is_never_longer_than_sidecars_let_it_be() -> None:
+    assert cluster.LOSS == faults.FILE
+    assert NOTICED_SECONDS + LONGEST_LOSS_SECONDS + LOSS_MARGIN_SECONDS < faults.LONGEST_SECONDS
 
 
 def test_the_container_reads_the_settings_as_they_were_written() -> None:
@@ -179,7 +234,7 @@ def test_the_container_reads_the_settings_as_they_were_written() -> None:
     assert options["--target"] == "http://drydock.drydock-serving.svc.cluster.local"
     assert (options["--namespace"], options["--tuning-namespace"]) == ("drydock-serving", "drydock-tuning")
     assert options["--push"].endswith("/reports/drills/friday")
-    written = next(item for item in added() if item.type.endswith(":ConfigMap")).inputs
+    written = next(item for item in added() if item.type.endswith(":ConfigMap") and "faults" not in item.name).inputs
     assert written["immutable"] is True
     spec = DrillSpec.model_validate_json(written["data"]["drills.json"])
     assert spec.scenarios == ALL and spec.bounds == Bounds()
@@ -194,7 +249,10 @@ def test_it_finds_the_pods_by_the_labels_that_they_have() -> None:
         assert dict([cluster.TUNERS.split("=")]).items() <= template["metadata"]["labels"].items()
         assert cluster.TUNE in [container["name"] for container in template["spec"]["initContainers"]]
     engine = next(item for item in made().of(":Deployment") if item.inputs["metadata"]["name"] == "engine").inputs
-    assert [item["name"] for item in engine["spec"]["template"]["spec"]["containers"]] == [cluster.ENGINE]
+    spec = engine["spec"]["template"]["spec"]
+    assert [item["name"] for item in spec["containers"]] == [cluster.ENGINE]
+    (sidecar,) = [item for item in spec["initContainers"] if item["name"] == cluster.SIDECAR]
+    assert [item["name"] for item in sidecar["ports"]] == [cluster.METRICS] == [SIDECAR_PORT]
 
 
 def test_another_run_or_setting_is_another_job_and_nothing_else_is() -> None:
@@ -239,7 +297,11 @@ def test_what_would_not_measure_what_it_says_is_refused() -> None:
     said = refusal({}, serving=serving | {"min_replicas": 1})
     assert "drills.scenarios: replica-loss and node-drain would be an outage" in said
     assert "drills.slo: is the stress test's" in refusal({"slo": {"ttft_p95_ms": 1}})
-    assert "registry-unreachable is no scenario here" in refusal({"scenarios": ["outage", "registry-unreachable"]})
+    lost = {"scenarios": ["registry-unreachable"]}
+    said = refusal(lost | {"after_seconds": 1201})
+    assert "drills.after_seconds: 1201 s are more than the 1200 s that registry-unreachable may last" in said
+    assert environment(lost | {"after_seconds": 1200}).drills.run == "friday"
+    assert "registry-unreachable needs an adapter" in refusal(lost, adapters={})
     assert "drills.client: someone is not among the api_keys (load)" in refusal({"client": "someone"})
     pools = json.loads(as_pulumi(SEED)["pools"])
     tight = {name: pool | {"max_nodes": 2} for name, pool in pools.items()}

@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from common.settings import SettingsError
+from infra.settings import SECRETS, read_environment
 from localcloud.azure.rules import TENANT
 from localcloud.hub import revision_of
-from localcloud.live import attach
+from localcloud.live import attach, drills
 from localcloud.live.dress import Dresser
-from localcloud.live.places import AZURE_ADDRESS, TRUST
+from localcloud.live.places import AZURE_ADDRESS, REGISTRY_ADDRESS, TRUST
 from localcloud.live.relay import Relay
-from localcloud.live.sight import plain
+from localcloud.live.sight import Job, Sight, plain
+from serving.sidecar import Metrics
+from tests.unit.test_environment import as_pulumi
+from workloads.engine import SIDECAR_METRICS
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,14 +132,18 @@ def dressed(tmp_path: Path, labels: dict[str, str], accounts: Accounts) -> dict[
             "containers": [container],
         },
     }
-    found = Dresser(accounts, tmp_path / "nodes", bundle, lambda: ["a.blob.core.windows.net"])(pod)  # type: ignore[arg-type]
+    names = ["a.blob.core.windows.net", "b.azurecr.io"]
+    found = Dresser(accounts, tmp_path / "nodes", bundle, lambda: names)(pod)  # type: ignore[arg-type]
     assert "volumes" not in pod["spec"], "the pod itself, which is reported on, stays as it is"
     return found
 
 
 def test_every_pod_finds_azure_by_its_names_and_trusts_who_answers(tmp_path: Path) -> None:
     pod = dressed(tmp_path, {}, Accounts())
-    assert pod["spec"]["hostAliases"] == [{"ip": AZURE_ADDRESS, "hostnames": ["a.blob.core.windows.net"]}]
+    assert pod["spec"]["hostAliases"] == [
+        {"ip": AZURE_ADDRESS, "hostnames": ["a.blob.core.windows.net"]},
+        {"ip": REGISTRY_ADDRESS, "hostnames": ["b.azurecr.io"]},
+    ]
     assert (tmp_path / "nodes" / "node-1" / TRUST).read_text() == "certificates"
     assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["drydock-local-trust"]
     first, main = pod["spec"]["initContainers"][0], pod["spec"]["containers"][0]
@@ -175,6 +184,68 @@ def test_the_environment_names_the_revision_and_the_figures_that_the_base_here_h
     assert base["revision"] == revision_of(folder)
     config = yaml.safe_load((folder / "config.json").read_text())
     assert base["architecture"] == {name: config[name] for name in base["architecture"]}
+
+
+def test_for_how_long_the_registry_is_not_seen_is_read_of_the_sidecars_own_metrics(tmp_path: Path) -> None:
+    metrics, asked = Metrics(), list[str]()
+    metrics.unreachable.set(12.5)
+
+    class Pods:
+        def proxied(self, path: str) -> tuple[int, bytes]:
+            asked.append(path)
+            if len(asked) > 1:
+                raise ConnectionError
+            return 200, generate_latest(metrics.registry)
+
+    pods: Any = Pods()
+    sight = Sight(pods, tmp_path)
+    assert sight.registry_unseen("engine-1") == 12.5
+    assert asked == [f"/api/v1/namespaces/drydock-serving/pods/engine-1:{SIDECAR_METRICS}/proxy/metrics"]
+    assert sight.registry_unseen("engine-1") is None, "it does not listen yet, or no more"
+
+
+class JobsCloud:
+    """A stack's copy, an API server that has one drills Job, and what `pulumi up` found in the settings."""
+
+    name = "local"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.found = folder, dict[str, Any]()
+        self.text = (ROOT / "Pulumi.local.yaml").read_text() + "encryptionsalt: v1:abc\n"
+        (folder / "Pulumi.local.yaml").write_text(self.text)
+        self.api, self.code = self, 0
+
+    def pulumi(self, *arguments: str, check: bool) -> subprocess.CompletedProcess[str]:
+        self.found = as_pulumi((self.folder / "Pulumi.local.yaml").read_text())
+        return subprocess.CompletedProcess(arguments, self.code, "", "no room")
+
+    def list(self, path: str, labelSelector: str) -> list[dict[str, Any]]:
+        assert (path, labelSelector) == ("/apis/batch/v1/namespaces/drydock-serving/jobs", "app=drills")
+        return [{"metadata": {"name": "drills-1a2b3c4d"}}]
+
+    def job(self, namespace: str, name: str) -> Job:
+        return Job(name, "failed", "a bound was not kept", "drills: report", 12.0)
+
+    def ground(self) -> drills.Ground:
+        here: Any = self
+        nothing: Any = None
+        return drills.Ground(
+            stack=here, sight=here, store=nothing, router="", dataset=Path(), adapters=["kubectl", "triage"], load=nothing,
+            say=print, doing=print, scratch=Path(), reach_registry=print,
+        )  # fmt: skip
+
+
+def test_the_drills_job_is_asked_for_by_settings_that_hold_and_that_are_taken_back(tmp_path: Path) -> None:
+    cloud = JobsCloud(tmp_path)
+    assert drills.stack_job(cloud.ground()).name == "drills-1a2b3c4d"
+    assert (tmp_path / "Pulumi.local.yaml").read_text() == cloud.text
+    environment = read_environment(cloud.found | {"api_keys": '{"local": "key"}'}, SECRETS, project="drydock")
+    assert environment.drills.run and environment.drills.models == {"kubectl": 1.0, "triage": 1.0}
+    assert {"long-prompts", "replica-loss", "node-drain"} <= {*environment.drills.scenarios}
+    cloud.code = 255
+    with pytest.raises(drills.DrillFailed, match="no room"):
+        drills.stack_job(cloud.ground())
+    assert (tmp_path / "Pulumi.local.yaml").read_text() == cloud.text
 
 
 HOLDS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.processes import free_ports
 from serving import sidecar as module
 from serving.canaries import record
 from serving.client import Answer, EngineError
+from serving.faults import FILE, drilled
 from serving.sidecar import Sidecar
 from serving.spec import ServingSpec
 from serving.state import Aliases, new_boot
@@ -618,6 +620,36 @@ def test_what_was_promoted_meanwhile_wins_once_the_store_answers(rig: Rig, monke
     assert rig.sidecar.look()
     assert rig.serving == {"kubectl": new}
     assert rig.metric("drydock_registry_unreachable_seconds ") == ["drydock_registry_unreachable_seconds 0.0"]
+
+
+def test_a_loss_that_a_drill_declares_is_one_as_any_other(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """Up to the file, which is real time's: what is served stays, a start serves from the disk, the metric rises."""
+    old = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    plain, file = rig.store, rig.root / "faults" / FILE
+    file.parent.mkdir()
+    file.write_text(f"{time.time() + 600:.0f}")
+    rig.store = drilled(plain, file.parent)
+    assert restart(rig).look()
+    new = publish_elsewhere(rig, plain)
+    rig.clock.now += 90
+    assert rig.sidecar.look()
+    assert (rig.serving, rig.ready()) == ({"kubectl": old}, True)
+    assert rig.metric("drydock_registry_unreachable_seconds ") == ["drydock_registry_unreachable_seconds 90.0"]
+    assert len([record for record in caplog.records if "DRILL" in record.getMessage()]) == 1
+    file.unlink()
+    assert rig.sidecar.look()
+    assert rig.serving == {"kubectl": new}
+    assert rig.metric("drydock_registry_unreachable_seconds ") == ["drydock_registry_unreachable_seconds 0.0"]
+
+
+def publish_elsewhere(rig: Rig, store: Store) -> str:
+    """Somebody else, who reaches the store, promotes another version."""
+    seen, rig.store = rig.store, store
+    try:
+        return rig.publish(strength=2.0)
+    finally:
+        rig.store = seen
 
 
 def test_a_withdrawn_adapter_is_not_served_from_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ class FakeKubernetes:
         self.pods: dict[str, Callable[[], list[Object]]] = {}
         self.logs: dict[str, str] = {}
         self.nodes: dict[str, Object] = {}
+        self.config: dict[str, dict[str, str]] = {}  # the data of ConfigMaps
+        self.told: Callable[[dict[str, str]], None] = lambda data: None  # hears of it when one of these changes
         self.taken: Callable[[str, str], None] = lambda namespace, name: None
         self.forbidden: dict[str, int] = {}  # pods whose eviction is refused so many times
         self.asked: list[tuple[str, str, Any]] = []
@@ -83,6 +85,13 @@ class FakeKubernetes:
                 node["spec"] |= body["spec"]
             return 200, node
         namespace, rest = parts[3], parts[5:]
+        if parts[4] == "configmaps":
+            if rest[0] not in self.config:
+                return 404, {"message": f'configmaps "{rest[0]}" not found'}
+            data = self.config[rest[0]] | body["data"]
+            self.config[rest[0]] = {key: value for key, value in data.items() if value is not None}
+            self.told(self.config[rest[0]])
+            return 200, {}
         if not rest:
             wanted = query["labelSelector"][0].split("=")
             found = [pod for pod in self.pods[namespace]() if pod["metadata"]["labels"].get(wanted[0]) == wanted[1]]
@@ -147,15 +156,35 @@ def found(world: FakeKubernetes) -> Cluster:
     return Cluster(Api(world.url, world.account), "http://router", SERVING, TUNING)
 
 
-def test_a_replica_is_deleted_without_grace_and_by_its_uid(
+def test_a_replica_is_deleted_with_the_least_grace_and_by_its_uid(
     world: FakeKubernetes, engines: list[Object], found: Cluster
 ) -> None:
     before = time.time()
     assert before <= found.kill(["b"]) <= time.time()
     (deletion,) = [item for item in world.asked if item[0] == "DELETE"]
     assert deletion[1].endswith(f"/namespaces/{SERVING}/pods/b")
-    assert deletion[2]["gracePeriodSeconds"] == 0 and deletion[2]["preconditions"] == {"uid": "uid-b"}
+    assert deletion[2]["gracePeriodSeconds"] == 1 and deletion[2]["preconditions"] == {"uid": "uid-b"}
     assert found.names() == ["a", "c"]
+
+
+def test_a_replica_counts_as_killed_once_its_kubelet_has_ended_it(
+    world: FakeKubernetes, engines: list[Object], found: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it ends it may answer, and its answers are not those of what comes in its place."""
+    found.poll_seconds, listed = 0.01, iter(range(10))
+
+    def ending() -> list[Object]:
+        left = [] if next(listed) > 5 else [pod("b", node="gpu-1", deletionTimestamp="2026-01-01T00:00:09Z")]
+        return [engines[0], *left, engines[2]]
+
+    world.taken = lambda _, name: world.pods.update({SERVING: ending})
+    before = time.time()
+    assert found.kill(["b"]) - before < 1 and next(listed) == 7
+    world.taken = lambda _, name: None  # its node is dead, say
+    world.pods[SERVING] = lambda: engines
+    monkeypatch.setattr(cluster, "GONE_SECONDS", 0.1)
+    with pytest.raises(ClusterError, match=r"b: not gone 0\.1 s after the deletion"):
+        found.kill(["b"])
 
 
 def test_the_one_in_its_place_is_followed_stage_by_stage(engines: list[Object], found: Cluster) -> None:
@@ -215,12 +244,46 @@ def test_a_node_is_uncordoned_whatever_it_takes_and_never_somebody_elses(
     found.uncordon("gpu-0")
     assert not world.nodes["gpu-0"]["spec"]["unschedulable"]
     assert [item[2] for item in world.asked if item[0] == "PATCH"][-1] == {"spec": {"unschedulable": None}}
-    monkeypatch.setattr(cluster, "UNCORDON_SECONDS", 0)
+    monkeypatch.setattr(cluster, "MEND_SECONDS", 0)
     world.failing = 1
     with pytest.raises(ClusterError, match=r"node gpu-0 stays cordoned: kubectl uncordon gpu-0"):
         found.uncordon("gpu-0")
     world.nodes.clear()
     found.uncordon("gpu-0")  # taken away by the autoscaler meanwhile
+
+
+def test_a_loss_of_the_registry_is_declared_with_its_end_and_taken_back_whatever_it_takes(
+    world: FakeKubernetes, engines: list[Object], found: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.config = {"drill-faults": {"another": "1"}}
+    before = time.time()
+    at = found.lose_registry(90)
+    assert before <= at <= time.time()
+    assert world.config == {"drill-faults": {"another": "1", "registry_unreachable_until": f"{at + 90:.0f}"}}
+    assert found.registry_unseen() == {"a": None, "b": None, "c": None}  # these have no sidecar
+    world.failing = 1
+    found.find_registry()
+    assert world.config == {"drill-faults": {"another": "1"}}
+    monkeypatch.setattr(cluster, "MEND_SECONDS", 0)
+    world.failing = 1
+    with pytest.raises(ClusterError, match="drill-faults: registry_unreachable_until stays there until it is over"):
+        found.find_registry()
+    world.config.clear()
+    found.find_registry()  # the stack has taken it away meanwhile
+    with pytest.raises(ClusterError, match="404"):
+        found.lose_registry(90)
+
+
+def test_replicas_that_stay_and_are_not_ready_have_lapsed(engines: list[Object], found: Cluster) -> None:
+    engines[0] = pod("a", stage=2)
+    engines[1] = pod("b", stage=2, deletionTimestamp="2026-01-01T00:00:09Z")  # KEDA takes it, say
+    engines.append(pod("new", stage=1))
+    assert found.lapsed(["a", "b", "c"]) == ["a"]
+
+
+def test_of_a_sidecars_metrics_the_one_counts_whose_name_it_is() -> None:
+    text = "# HELP drydock_registry_unreachable_seconds Since\ndrydock_registry_unreachable_seconds 12.5\nother 1\n"
+    assert cluster.unseen_in(text) == 12.5 and cluster.unseen_in("other 1\n") is None
 
 
 def test_of_tuning_pods_one_at_work_is_taken_and_its_successor_found(world: FakeKubernetes, found: Cluster) -> None:
@@ -261,6 +324,21 @@ def test_the_token_is_read_for_each_question_and_refusals_are_told(
     with pytest.raises(ClusterError, match="no answer of the API server") as silent:
         gone.names()
     assert silent.value.status == 0
+
+
+def test_a_pod_that_has_yet_to_tune_is_worth_waiting_for(world: FakeKubernetes, found: Cluster) -> None:
+    ended = tuner("ended")
+    ended["status"]["initContainerStatuses"][0]["state"] = {"terminated": {"exitCode": 0}}
+    failed = tuner("failed", works=False)
+    failed["status"]["phase"] = "Failed"
+    tuners = [ended, tuner("going", works=False), failed]
+    tuners[1]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:09Z"
+    world.pods[TUNING] = lambda: tuners
+    assert not found.tunes_or_will()
+    tuners.append(tuner("waits for a node", works=False))
+    assert found.tunes_or_will() and found.tuners() == []
+    tuners[3:] = [tuner("one")]
+    assert found.tunes_or_will()
 
 
 def test_bounds_hold_at_their_limit_and_not_without_a_figure() -> None:
