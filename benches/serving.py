@@ -8,6 +8,9 @@
                         the 95 % interval of a bootstrap. layer_us is the request layer's own share, without a server
     promote_seconds     from the moved tag to a client's request that the new version answers, sidecar included
     second_start_ratio  process start to the first 200 of /health: with the DRYDOCK_CACHE of a first start / without
+    new_pod_start_ratio with --compile: likewise, in an empty DRYDOCK_CACHE into which the archive of the first is
+                        unpacked (serving/compiled.py). On a CPU vLLM 0.32 compiles nothing with LoRA, and without it
+                        cannot load its own graph again (it lacks `finalize_loading`), only inductor's
     stress_agreement    figures of `vllm bench serve` and of `python -m stress run` on the same server and load
 
 vLLM's benchmark counts a chunk with the role alone as the first token, and one without text as a token as well; for
@@ -37,6 +40,7 @@ from typing import Any
 from benches.replica import ADAPTER, BASE, DATASET, Server, promote, prove, spec_of, tune, wait_traffic
 from common.files import read_json, read_jsonl, tree_digest, write_json
 from common.processes import Processes, python
+from serving.compiled import pack, unpack
 from serving.engine import cache_environment, vllm_command, vllm_environment
 from serving.state import Aliases, Served, prepare, read_boot, write_aliases
 from stress.figures import percentile
@@ -415,21 +419,41 @@ def _run(processes: Processes, command: Sequence[str], log: Path, environment: M
 
 
 def starts(processes: Processes, folder: Path, *, compiled: bool) -> dict[str, Any]:
-    """Seconds of a start without a cache, and of the next with the cache that it left."""
+    """Seconds of a start without a cache, of the next with what it left, and of one with that from an archive."""
     if compiled and not shutil.which("g++"):
         raise SystemExit("--compile: torch.compile on a CPU needs g++, which is not on PATH here")
     cache = folder / "cache"
     seconds = [_start_seconds(processes, folder / f"start-{number}", cache, compiled) for number in range(2)]
     _say(f"first start {seconds[0]:.1f} s, second {seconds[1]:.1f} s")
-    said = "torch.compile" if compiled else "no torch.compile (--enforce-eager), so there is no compile cache to find"
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    new_pod: dict[str, Any] = {}
+    if compiled:
+        pack(cache, folder / "compiled.tar")
+        shutil.rmtree(cache)
+        cache.mkdir()  # at the same path, as in pods: it is part of what is compiled
+        began = time.monotonic()
+        unpack(folder / "compiled.tar", cache)
+        unpacked = time.monotonic() - began
+        third = unpacked + _start_seconds(processes, folder / "start-2", cache, compiled)
+        _say(f"in a new pod {third:.1f} s")
+        new_pod = {
+            "new_pod_start_ratio": third / seconds[0],
+            "new_pod": {
+                "seconds": third,
+                "unpack_seconds": unpacked,
+                "archive_bytes": (folder / "compiled.tar").stat().st_size,
+            },
+        }
+    said = "torch.compile, without LoRA" if compiled else "nothing is compiled (--enforce-eager), so nothing to find"
     return {
         "second_start_ratio": seconds[1] / seconds[0],
         "starts": {
             "first_seconds": seconds[0],
             "second_seconds": seconds[1],
             "mode": said,
-            "cache_bytes": sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()),
+            "cache_bytes": size,
         },
+        **new_pod,
     }
 
 
@@ -438,13 +462,24 @@ def _start_seconds(processes: Processes, folder: Path, cache: Path, compiled: bo
     prepare(folder / "state")
     command = vllm_command(server.spec, host="127.0.0.1", port=server.port)
     if compiled:
-        command.remove("--enforce-eager")
+        command = compiling(command)
     started = time.monotonic()
     server.start(command, vllm_environment(server.spec, state=folder / "state") | cache_environment(cache))
     server.wait("/health")
     seconds = time.monotonic() - started
     server.stop()
     return seconds
+
+
+def compiling(command: list[str]) -> list[str]:
+    """`command` such that vLLM compiles: on a CPU it does not with LoRA, whatever it is told (its platforms/cpu.py)."""
+    kept, words = [], iter(command)
+    for word in words:
+        if word in ("--max-lora-rank", "--max-loras", "--max-cpu-loras"):
+            next(words)
+        elif word not in ("--enforce-eager", "--enable-lora"):
+            kept.append(word)
+    return kept
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -466,6 +501,10 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'promote_seconds':<28}{result['promote_seconds']['median']:>9.2f}",
         f"{'second_start_ratio':<28}{result['second_start_ratio']:>9.2f}   {starts['second_seconds']:.1f} s after "
         f"{starts['first_seconds']:.1f} s; {starts['mode']}",
+    ]
+    if "new_pod" in result:
+        lines.append(f"{'new_pod_start_ratio':<28}{result['new_pod_start_ratio']:>9.2f}   by the archive of the first")
+    lines += [
         "",
         f"{'two clients':<28}{'vLLM':>9}{'stress':>12}{'differ':>8}",
     ]

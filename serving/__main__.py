@@ -1,4 +1,4 @@
-"""Command line of the serving container: engine, sidecar, router, evaluate."""
+"""Command line of the serving container: engine, compile, sidecar, router, evaluate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from artifacts.store import StoreError
+from blobs import BlobError
 from common import cli, exits
 from common.settings import SettingsError, load_settings
 from serving.client import EngineError
@@ -29,6 +29,9 @@ one replica is two processes that share a folder (--state):
 in front of the replicas:
   python -m serving router  --port 8080 --replica http://10.0.0.4:8000 --replica http://10.0.0.5:8000
   python -m serving router  --host 0.0.0.0 --port 8080 --selector app=engine --namespace serving     in Kubernetes
+so that further replicas need not compile:
+  python -m serving compile --spec serving.yaml --into az://ACCOUNT/compiled/KEY
+  python -m serving engine  --spec serving.yaml --state STATE --compiled az://ACCOUNT/compiled/KEY
 before anything is served:
   python -m serving evaluate --spec serving.yaml --run runs/my-adapter
   python -m serving evaluate --spec serving.yaml --run runs/my-adapter --store oci://HOST/PREFIX     and publish it
@@ -57,11 +60,32 @@ def main(argv: list[str] | None = None) -> int:
         help="JSON object of client name to the SHA-256 of its key in hex; read again when it changes [no key needed]",
     )
 
+    engine.add_argument(
+        "--compiled",
+        metavar="AZ",
+        help="az://... of compiled graphs to start with, if they are there; needs DRYDOCK_CACHE [compile]",
+    )
+
+    compiling = commands.add_parser("compile", help="put compiled graphs where engines find them; needs DRYDOCK_CACHE")
+    compiling.add_argument("--spec", type=Path, required=True)
+    compiling.add_argument("--into", required=True, metavar="AZ", help="az://ACCOUNT/CONTAINER/PATH")
+    compiling.add_argument("--port", type=int, default=8000, help="of vLLM, on loopback [%(default)s]")
+    compiling.add_argument(
+        "--timeout-seconds", type=float, default=1800, help="for vLLM to be ready within [%(default)s]"
+    )
+
     sidecar = commands.add_parser("sidecar", help="follow the promoted tags for one engine")
     sidecar.add_argument("--spec", type=Path, required=True)
     sidecar.add_argument("--state", type=Path, required=True, help="folder shared with the engine")
     sidecar.add_argument("--engine", default="http://127.0.0.1:8000")
     sidecar.add_argument("--cache", type=Path, help="where fetched adapters are kept [STATE/cache]")
+    sidecar.add_argument(
+        "--faults",
+        type=Path,
+        metavar="FOLDER",
+        help="where a drill may declare, in the file registry_unreachable_until (unix seconds, at most 30 minutes "
+        "ahead), that the store is to count as out of reach; the network is left alone [nowhere]",
+    )
     sidecar.add_argument(
         "--metrics-address", default="127.0.0.1:9402", help="Prometheus endpoint, or off [%(default)s]"
     )
@@ -82,10 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "router":
         become_router(router, arguments)
-    command = {"engine": _engine, "sidecar": _sidecar, "evaluate": _evaluate}[arguments.command]
-    return cli.run(
-        command, arguments, log_format="%(asctime)s %(message)s", failures=(EngineError, StoreError, httpx.HTTPError)
-    )
+    command = {"engine": _engine, "compile": _compile, "sidecar": _sidecar, "evaluate": _evaluate}[arguments.command]
+    failures = (EngineError, StoreError, BlobError, TimeoutError, httpx.HTTPError)
+    return cli.run(command, arguments, log_format="%(asctime)s %(message)s", failures=failures)
 
 
 def _engine(arguments: argparse.Namespace) -> int:
@@ -94,10 +117,34 @@ def _engine(arguments: argparse.Namespace) -> int:
 
     spec = load_settings(arguments.spec, ServingSpec)
     prepare(arguments.state)
+    fetched = {}
+    if arguments.compiled:
+        from serving.compiled import fetch
+        from serving.startup import FETCHED
+
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(exits.TERMINATED))  # PID 1 would not hear it meanwhile
+        if found := fetch(spec, arguments.compiled, _cache("--compiled")):
+            fetched = {FETCHED: str(found)}
     command = vllm_command(spec, host=arguments.host, port=arguments.port)
     # exec: the container's PID 1 must be vLLM itself, or SIGTERM would not reach it and no request would drain.
     environment = vllm_environment(spec, state=arguments.state, api_keys=arguments.api_keys)
-    os.execve(command[0], command, os.environ | environment)
+    os.execve(command[0], command, os.environ | environment | fetched)
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from serving.compiled import make
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.TERMINATED))  # unwinds, so that vLLM is ended
+    spec, cache = load_settings(arguments.spec, ServingSpec), _cache("compile")
+    made = make(spec, arguments.into, cache, port=arguments.port, timeout_seconds=arguments.timeout_seconds)
+    print(f"{arguments.into}: {'compiled graphs are there' if made else 'compiled graphs were there already'}")
+    return exits.OK
+
+
+def _cache(who: str) -> Path:
+    if not os.environ.get("DRYDOCK_CACHE"):
+        raise SettingsError([f"{who}: needs DRYDOCK_CACHE, the folder in which vLLM keeps what it compiles"])
+    return Path(os.environ["DRYDOCK_CACHE"]).absolute()
 
 
 def _sidecar(arguments: argparse.Namespace) -> int:
@@ -105,6 +152,7 @@ def _sidecar(arguments: argparse.Namespace) -> int:
 
     from artifacts.store import open_store
     from serving.client import Engine
+    from serving.faults import drilled
     from serving.sidecar import Sidecar
     from serving.state import prepare, read_token
 
@@ -115,7 +163,10 @@ def _sidecar(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     with Engine(arguments.engine, read_token(arguments.state)) as engine:
         cache = arguments.cache or arguments.state / "cache"
-        sidecar = Sidecar(spec, open_store(spec.store), engine, arguments.state, cache)
+        store = open_store(spec.store)
+        if arguments.faults:
+            store = drilled(store, arguments.faults)
+        sidecar = Sidecar(spec, store, engine, arguments.state, cache)
         if arguments.metrics_address != "off":
             host, _, port = arguments.metrics_address.rpartition(":")
             start_http_server(int(port), host, registry=sidecar.metrics.registry)
@@ -173,8 +224,7 @@ def _publish(run: Path, store: str) -> None:
 @contextmanager
 def _server(spec: ServingSpec, runs: list, port: int, log: Path) -> Iterator[str]:  # type: ignore[type-arg]
     """A vLLM of its own with the runs' adapters, for as long as the block lasts; yields its URL."""
-    from common.processes import die_with_parent
-    from serving.engine import vllm_command, vllm_environment, wait_until_ok
+    from serving.engine import running, vllm_command, vllm_environment
 
     url = f"http://127.0.0.1:{port}"
     command = vllm_command(
@@ -184,25 +234,9 @@ def _server(spec: ServingSpec, runs: list, port: int, log: Path) -> Iterator[str
         adapters={run.name: run.folder / "adapter" for run in runs},
         middleware=False,  # nobody but this process asks
     )
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=os.environ | vllm_environment(spec), stdout=output, stderr=output, start_new_session=True,
-            preexec_fn=die_with_parent,
-        )  # fmt: skip
-        try:
-            logging.info("starting vLLM for the evaluation (log: %s)", log)
-            try:
-                seconds = wait_until_ok(f"{url}/health", timeout_seconds=1800, alive=lambda: process.poll() is None)
-            except RuntimeError as error:
-                tail = log.read_text(errors="replace").splitlines()[-15:]
-                raise SettingsError([f"vLLM did not start: {error}; the end of {log}:", *tail]) from error
-            logging.info("vLLM is ready after %.0f s", seconds)
-            yield url
-        finally:
-            # The whole group: vLLM's engine processes must not outlive their server.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    logging.info("starting vLLM for the evaluation (log: %s)", log)
+    with running(command, os.environ | vllm_environment(spec), url, timeout_seconds=1800, output=log):
+        yield url
 
 
 if __name__ == "__main__":

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from common.lora import vllm_lora_rank
+from common.settings import SettingsError
 from serving.spec import ServingSpec
+
+log = logging.getLogger(__name__)
 
 MIDDLEWARE = "serving.middleware.RequestLayer"
 
@@ -55,6 +62,11 @@ def vllm_command(
     if adapters:
         command += ["--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in adapters.items())]
     return command
+
+
+def graph_arguments(spec: ServingSpec) -> list[str]:
+    """The arguments on which vLLM's compiled graphs may depend: those of `vllm_command`, wherever it listens."""
+    return vllm_command(spec, host="", port=0, middleware=False)[3:]
 
 
 def capture_sizes(max_num_seqs: int) -> list[str]:
@@ -129,6 +141,40 @@ def cache_environment(folder: Path) -> dict[str, str]:
         "CUDA_CACHE_PATH": str(folder / "cuda"),
         "HF_HOME": str(folder / "huggingface"),
     }
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str], url: str, *, timeout_seconds: float, output: Path | None
+) -> Iterator[float]:
+    """vLLM by `command` for as long as the block lasts; yields the seconds until `url`/health answered.
+
+    What it says goes into the file `output`, or is shown. Raises `SettingsError` where it ends before it answers.
+    """
+    from common.processes import die_with_parent  # not on a deployer's machine, who only asks for arguments
+
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("wb") if output else nullcontext() as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True, preexec_fn=die_with_parent
+        )
+        try:
+            try:
+                seconds = wait_until_ok(
+                    f"{url}/health", timeout_seconds=timeout_seconds, alive=lambda: process.poll() is None
+                )
+            except RuntimeError as error:
+                told = [f"vLLM did not start: {error}" + (f"; the end of {output}:" if output else "")]
+                told += output.read_text(errors="replace").splitlines()[-15:] if output else []
+                raise SettingsError(told) from error
+            log.info("vLLM is ready after %.0f s", seconds)
+            yield seconds
+        finally:
+            with suppress(ProcessLookupError):  # where nothing of it is left
+                # The whole group: vLLM's engine processes must not outlive their server.
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_until_ok(url: str, *, timeout_seconds: float, alive: Callable[[], bool] = lambda: True) -> float:

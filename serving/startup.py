@@ -14,12 +14,15 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
 FILE = "phases"
+FETCHED = "DRYDOCK_COMPILED"
+"""Variable by which vLLM's process is told what its own process did before it was vLLM: a `Fetched`."""
 
 # vLLM's words for the end of each phase, with its seconds, or without: then it is the age of the process that says so.
 _FIRST = "import"
@@ -31,6 +34,23 @@ _TOLD = {
     "compile": re.compile(r"init engine .* \(compilation: ([\d.]+) s"),  # vllm/v1/engine/core.py
     "capture": re.compile(r"Graph capturing finished in ([\d.]+) secs"),  # v1/worker/gpu/model_runner.py
 }
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of looking for compiled graphs (serving.compiled): found or not, and after how many seconds."""
+
+    found: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{int(self.found)} {self.seconds:.3f}"
+
+    @classmethod
+    def parse(cls, text: str) -> Fetched:
+        """Raises ValueError where `text` is none."""
+        found, seconds = text.split()
+        return cls(bool(int(found)), float(seconds))
 
 
 class LogStream:
@@ -56,14 +76,19 @@ STREAM = LogStream()
 class Phases:
     """The start of this API server, made as it begins to listen. A collector for prometheus_client.
 
-    Phases, in seconds: `import` (of vLLM, until its arguments are known), `engine_import` (the same in the engine's
-    process), `weights`, `compile`, `capture`, `engine` (the rest until it listens), `adapters` (until ready). What did
-    not happen is absent, as are compile and capture with --enforce-eager.
+    Phases, in seconds: `fetch` (of compiled graphs, found or not), `import` (of vLLM, until its arguments are known),
+    `engine_import` (the same in the engine's process), `weights`, `compile`, `capture`, `engine` (the rest until it
+    listens), `adapters` (until ready). What did not happen is absent, as are compile and capture with --enforce-eager.
     """
 
     def __init__(self, state: Path) -> None:
         self._listening = time.monotonic()
         self.seconds = _read(state / FILE)
+        self.fetched = Fetched.parse(os.environ[FETCHED]) if FETCHED in os.environ else None
+        if self.fetched:  # before vLLM's first word, in the same process
+            if _FIRST in self.seconds:
+                self.seconds[_FIRST] -= self.fetched.seconds
+            self.seconds = {"fetch": self.fetched.seconds} | self.seconds
         self.seconds["engine"] = max(0.0, process_age() - sum(self.seconds.values()))
 
     def mark_ready(self) -> None:
@@ -80,6 +105,9 @@ class Phases:
         for phase, seconds in self.seconds.items():
             family.add_metric([phase], seconds)
         yield family
+        if self.fetched:
+            said = "Whether the last start found compiled graphs where they are kept, or compiled."
+            yield GaugeMetricFamily("drydock_compiled_found", said, value=self.fetched.found)
 
 
 def process_age() -> float:

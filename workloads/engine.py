@@ -37,6 +37,8 @@ ROUTER_LABELS = {"app": "router"}  # of the only pods that may ask an engine
 PORT = 8000
 SIDECAR_METRICS = 9402
 PRIORITY = "drydock-serving"
+FAULTS = "drill-faults"  # ConfigMap by which a drill tells the sidecars of a loss; nobody has it but who drills that
+FAULTS_PATH = "/etc/drydock-faults"
 
 NODE_SECONDS = 1800  # for a GPU node (up to 20 minutes with its driver) and the image on it
 
@@ -128,8 +130,9 @@ def keys_json(api_keys: Mapping[str, SecretStr], tiers: Mapping[str, ClientTier]
 class EngineArgs:
     """What every replica serves, from where, and on which nodes.
 
-    `other_gpus`: GPUs of the same pool that tuning Jobs may hold (`rollout`). `namespace` and `service_account` as
-    outputs of their component make everything here wait for them.
+    `other_gpus`: GPUs of the same pool that tuning Jobs may hold (`rollout`). `compiled`: where graphs compiled for
+    these replicas are or will be (workloads/compiled.py). `namespace` and `service_account` as outputs of their
+    component make everything here wait for them.
     """
 
     settings: Serving
@@ -143,8 +146,18 @@ class EngineArgs:
     api_keys: Mapping[str, SecretStr]
     tiers: Mapping[str, ClientTier] = field(default_factory=dict)
     other_gpus: int = 0
+    compiled: pulumi.Input[str] | None = None
     namespace: pulumi.Input[str] = SERVING
     service_account: pulumi.Input[str] = "serving"
+
+
+def spec_text(args: EngineArgs) -> pulumi.Output[str]:
+    """What the containers of these replicas parse."""
+    return pulumi.Output.from_input(args.store).apply(
+        lambda store: serving_spec(
+            args.settings, args.base, store=store, adapters=args.adapters, max_lora_rank=args.max_lora_rank
+        )
+    )
 
 
 class Engine(pulumi.ComponentResource):
@@ -162,11 +175,7 @@ class Engine(pulumi.ComponentResource):
         super().__init__("drydock:workloads:Engine", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
 
-        text = pulumi.Output.from_input(args.store).apply(
-            lambda store: serving_spec(
-                args.settings, args.base, store=store, adapters=args.adapters, max_lora_rank=args.max_lora_rank
-            )
-        )
+        text = spec_text(args)
         spec = core.v1.ConfigMap(
             f"{name}-spec",
             metadata=meta.v1.ObjectMetaArgs(
@@ -217,8 +226,8 @@ class Engine(pulumi.ComponentResource):
                 namespace=args.namespace,
                 labels=LABELS,
                 # A cold GPU node and a base model that is still being mirrored take up to hours, which `pulumi up`
-                # would wait for or fail. `watch` waits instead.
-                annotations={"pulumi.com/skipAwait": "true"},
+                # would wait for or fail. `watch` waits instead, unless the settings say that it shall wait.
+                annotations={} if args.settings.new_first else {"pulumi.com/skipAwait": "true"},
             ),
             spec=apps.v1.DeploymentSpecArgs(
                 replicas=fixed_replicas(args.settings),
@@ -227,21 +236,29 @@ class Engine(pulumi.ComponentResource):
                     type="RollingUpdate", rolling_update=rollout(args.settings, args.pool, args.other_gpus)
                 ),
                 # The default of ten minutes calls every first rollout failed.
-                progress_deadline_seconds=_deadline(args.base),
+                progress_deadline_seconds=deadline_seconds(args.base),
                 template=core.v1.PodTemplateSpecArgs(
                     metadata=meta.v1.ObjectMetaArgs(labels={**LABELS, **IDENTITY_LABEL}, annotations=scraped(PORT)),
                     spec=_pod(args, spec=spec.metadata.name, keys=keys.metadata.name, priority=priority.metadata.name),
                 ),
             ),
-            opts=child,
+            opts=pulumi.ResourceOptions.merge(child, _patience(args)),
         )
         self.deployment = deployment.metadata.name
-        self.watch = f"kubectl --namespace {SERVING} rollout status deployment/engine --timeout={_deadline(args.base)}s"
+        wait = f"--timeout={deadline_seconds(args.base)}s"
+        self.watch = f"kubectl --namespace {SERVING} rollout status deployment/engine {wait}"
         self.register_outputs({"deployment": self.deployment, "watch": self.watch})
 
 
-def _deadline(base: Base) -> int:
-    """Seconds that the slowest good rollout may go without a new ready replica."""
+def _patience(args: EngineArgs) -> pulumi.ResourceOptions:
+    if not args.settings.new_first:
+        return pulumi.ResourceOptions()
+    longest = f"{deadline_seconds(args.base)}s"
+    return pulumi.ResourceOptions(custom_timeouts=pulumi.CustomTimeouts(create=longest, update=longest))
+
+
+def deadline_seconds(base: Base) -> int:
+    """Seconds until an engine answers, at worst: the model is still mirrored, then a node, then the start itself."""
     return BASE_WAIT_SECONDS + NODE_SECONDS + startup_seconds(base.figures.parameters)
 
 
@@ -258,7 +275,7 @@ def _pod(
         tolerations=gpu_tolerations(args.pool),
         topology_spread_constraints=spread(LABELS),
         termination_grace_period_seconds=grace_seconds(args.settings),
-        init_containers=[_fetch_base(args), _sidecar(args)],
+        init_containers=[fetch_base(args), _sidecar(args)],
         containers=[_engine(args)],
         volumes=[
             scratch("models"),
@@ -267,6 +284,7 @@ def _pod(
             scratch("tmp"),
             shared_memory("1Gi"),  # one GPU: vLLM's processes pass little through it, torch's none
             config("spec", spec),
+            config("faults", FAULTS, optional=True),
             core.v1.VolumeArgs(
                 name="keys", secret=core.v1.SecretVolumeSourceArgs(secret_name=keys, default_mode=0o440)
             ),
@@ -274,7 +292,8 @@ def _pod(
     )
 
 
-def _fetch_base(args: EngineArgs) -> core.v1.ContainerArgs:
+def fetch_base(args: EngineArgs) -> core.v1.ContainerArgs:
+    """Init container that brings the base model where the spec says it is."""
     return core.v1.ContainerArgs(
         name="fetch-base",
         image=args.image,
@@ -298,6 +317,7 @@ def _sidecar(args: EngineArgs) -> core.v1.ContainerArgs:
         command=[
             *("python", "-m", "serving", "sidecar", "--spec", "/etc/drydock/serving.json", "--state", "/state"),
             *("--engine", f"http://127.0.0.1:{PORT}", "--metrics-address", f"0.0.0.0:{SIDECAR_METRICS}"),
+            *("--faults", FAULTS_PATH),
         ],
         ports=[core.v1.ContainerPortArgs(name=SIDECAR_PORT, container_port=SIDECAR_METRICS)],
         resources=resources(
@@ -311,6 +331,7 @@ def _sidecar(args: EngineArgs) -> core.v1.ContainerArgs:
             mount("state", "/state"),
             mount("tmp", "/tmp"),
             mount("spec", "/etc/drydock", read_only=True),
+            mount("faults", FAULTS_PATH, read_only=True),
         ],
     )
 
@@ -323,6 +344,7 @@ def _engine(args: EngineArgs) -> core.v1.ContainerArgs:
         command=[
             *("python", "-m", "serving", "engine", "--spec", "/etc/drydock/serving.json", "--state", "/state"),
             *("--host", "0.0.0.0", "--port", str(PORT), "--api-keys", "/etc/drydock-keys/keys.json"),
+            *(["--compiled", args.compiled] if args.compiled is not None else []),
         ],
         env=[core.v1.EnvVarArgs(name="DRYDOCK_CACHE", value="/cache")],
         ports=[core.v1.ContainerPortArgs(name="http", container_port=PORT)],

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benches.serving import added, agreement, layer
+from benches.replica import spec_of
+from benches.serving import added, agreement, compiling, layer
+from serving.engine import vllm_command
 
 
 def test_the_added_latency_is_that_of_pairs_with_its_uncertainty() -> None:
@@ -29,6 +31,15 @@ def test_two_clients_agree_only_if_their_worst_figure_does() -> None:
     assert near["agree"] and near["worst"] == pytest.approx(1 - 20.5 / 21)
     far = agreement({"vllm": vllm, "stress": [{"rps": 10.2, "ttft": 30.0}] * 3})
     assert not far["agree"] and far["worst"] == pytest.approx(30 / 21 - 1)
+
+
+def test_a_start_that_compiles_leaves_out_what_keeps_vllm_from_it_on_a_cpu(tmp_path: Path) -> None:
+    command = vllm_command(spec_of(tmp_path), host="127.0.0.1", port=1)
+    found = compiling(command)
+    left_out = {"--enforce-eager", "--enable-lora", "--max-lora-rank", "--max-loras", "--max-cpu-loras"}
+    assert {word for word in command if word.startswith("--")} - set(found) == left_out
+    assert len(command) - len(found) == len(left_out) + 3, "three of them with a number"
+    assert found[-2:] == command[-2:] and '{"disable_any_whitespace": true, "backend": "xgrammar"}' in found
 
 
 def test_the_layer_alone_is_measured_on_requests_that_it_lets_through(

@@ -84,6 +84,21 @@ def test_lines_of_later_days_change_nothing(state: Path) -> None:
     assert metrics(phases).keys() == {"import", "engine"}
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_looking_for_compiled_graphs_is_a_phase_of_its_own(
+    state: Path, monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    monkeypatch.setattr(startup, "process_age", lambda: 9.5)
+    log(IMPORTED)
+    monkeypatch.setenv("DRYDOCK_COMPILED", str(startup.Fetched(found, 2.5)))
+    phases = Phases(state)
+    assert metrics(phases) == {"fetch": 2.5, "import": 7.0, "engine": 0.0}  # 9.5 s in all
+    (family,) = [each for each in phases.collect() if each.name == "drydock_compiled_found"]
+    assert [sample.value for sample in family.samples] == [found]
+    monkeypatch.delenv("DRYDOCK_COMPILED")
+    assert [family.name for family in Phases(state).collect()] == ["drydock_startup_seconds"]
+
+
 def test_ready_is_told_once_with_all_phases_in_one_line(state: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log(IMPORTED.replace("\n", " and more\n"), WEIGHTS)
