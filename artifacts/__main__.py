@@ -1,4 +1,4 @@
-"""Look into an adapter store, and promote or roll back: `python -m artifacts list|show|promote`."""
+"""Look into an adapter store, promote, roll back, give to KAITO: `python -m artifacts list|show|promote|image`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 
-from artifacts import adapter
+from artifacts import adapter, image
 from artifacts.adapter import PROMOTED, AdapterError, NotProven, read_card, repository, version
 from artifacts.store import NotFound, Store, StoreError, open_store
 from common import exits
 
 _ABOUT = """\
-Look into an adapter store, and promote or roll back an adapter.
+Look into an adapter store, promote or roll back an adapter, or make KAITO's image of it.
 
 STORE is a registry, oci://HOST[:PORT]/PREFIX, or a folder such as out/registry.
 NAME is an adapter such as kubectl. A version is the first eight hex digits of its
@@ -26,12 +26,24 @@ examples:
   python -m artifacts show out/registry kubectl             the promoted version's card and files
   python -m artifacts show out/registry kubectl:1a2b3c4d    another version's
   python -m artifacts promote out/registry kubectl 1a2b3c4d promote, or go back to, that version
+  python -m artifacts image oci://HOST/adapters kubectl --to oci://HOST/kaito/kubectl
+                                                            the promoted version as an image for KAITO
 
 Replicas follow the tag by themselves: nothing is restarted or deployed. Each one goes on
 serving the version it has until the new one is loaded and proven there.
 
 exit codes: 0 done, 1 the store failed, 2 no such adapter or version, 3 the version has
 not passed its evaluation and stays a candidate (nothing overrides that: tune a better one)."""
+
+_IMAGE = """\
+Push a version as a container image with PEFT's two files in /data, the form that KAITO
+serves (docs/kaito.md). Docker is not needed. The same version gives the same digest.
+
+Standard output is HOST/REPOSITORY@sha256:..., for serving.kaito.adapter_images. The image
+has the version for its tag, and for annotations the digests of adapter, base and dataset
+and the figures of its evaluation: skopeo inspect --raw docker://HOST/REPOSITORY:VERSION
+
+Signed in to as the store is: docker login's password, or your Entra identity on an ACR."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _list(store)
         elif options.command == "show":
             _show(store, options.adapter)
-        else:
+        elif options.command == "promote":
             _promote(store, options.name, options.version)
+        else:
+            _image(store, options.name, options.version, options.to, options.candidate)
     except NotProven as error:
         return _fail(error, exits.GATE)
     except (NotFound, AdapterError, ValueError) as error:
@@ -59,14 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m artifacts", description=_ABOUT, epilog=_EXAMPLES, formatter_class=shape
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|promote")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|promote|image")
     text = "one line a version: its score against its base, and which one is promoted"
     listing = commands.add_parser("list", help=text, description=text)
     text = "the card and the files of one version, as JSON"
     showing = commands.add_parser("show", help=text, description=text)
     text = "move the tag `promoted` to a version that passed its evaluation; an earlier version: a rollback"
     promoting = commands.add_parser("promote", help=text, description=text)
-    for command in (listing, showing, promoting):
+    text = "push a version as the container image that KAITO serves"
+    imaging = commands.add_parser("image", help=text, description=_IMAGE, formatter_class=shape)
+    for command in (listing, showing, promoting, imaging):
         command.add_argument("store", metavar="STORE", help="oci://HOST[:PORT]/PREFIX, or a folder")
     showing.add_argument(
         "adapter",
@@ -76,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     promoting.add_argument("name", metavar="NAME", help="the adapter")
     promoting.add_argument(
         "version", metavar="VERSION", help="eight hex digits as `list` shows them, or a whole sha256: digest"
+    )
+    imaging.add_argument("name", metavar="NAME", help="the adapter")
+    imaging.add_argument("version", metavar="VERSION", nargs="?", default=PROMOTED, help="default: the promoted one")
+    imaging.add_argument("--to", metavar="oci://HOST/REPOSITORY", required=True, help="where KAITO will pull it from")
+    imaging.add_argument(
+        "--candidate", action="store_true", help="also a version that has not passed its evaluation: to try it"
     )
     return parser
 
@@ -126,6 +148,13 @@ def _promote(store: Store, name: str, reference: str) -> None:
     print(f"{name}: promoted {version(digest)}" + (f" in place of {version(before)}" if before else ", its first"))
     if before:
         print(f"to go back: python -m artifacts promote {store.url} {name} {version(before)}")
+
+
+def _image(store: Store, name: str, reference: str, target: str, candidate: bool) -> None:
+    pushed = image.push(store, name, reference, target, candidate=candidate)
+    state = "was there already" if pushed.there_before else "is pushed"
+    print(f"{name} {pushed.version} {state}; name it in serving.kaito.adapter_images.{name}:", file=sys.stderr)
+    print(pushed.reference)
 
 
 def _figure(value: object) -> str:

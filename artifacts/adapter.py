@@ -50,7 +50,7 @@ class AdapterError(ValueError):
 
 
 class NotProven(AdapterError):
-    """The version has not passed its evaluation, so it may not be promoted."""
+    """The version has not passed its evaluation, so it may not serve."""
 
 
 class AdapterCard(BaseModel):
@@ -154,18 +154,20 @@ def promote(store: Store, name: str, reference: str) -> str:
     Raises `NotProven` when the version's evaluation did not pass or is absent: nothing overrides that.
     """
     digest, card = read_card(store, name, reference)
+    require_passed(name, digest, card, "promoted")
+    store.tag(repository(name), digest, PROMOTED)
+    return digest
+
+
+def require_passed(name: str, digest: str, card: AdapterCard, done: str) -> None:
+    """Raise `NotProven`, which says that the version is not `done`, unless its evaluation passed."""
     if not card.passed:
         verdict = card.evaluation.get("verdict") or (
             "its evaluation failed" if card.evaluation else "it was never evaluated"
         )
         raise NotProven(
-            [
-                f"{name} {version(digest)} is not promoted: {verdict}",
-                "only a version that beat its base may serve",
-            ]
+            [f"{name} {version(digest)} is not {done}: {verdict}", "only a version that beat its base may serve"]
         )
-    store.tag(repository(name), digest, PROMOTED)
-    return digest
 
 
 def promoted_digest(store: Store, name: str) -> str | None:

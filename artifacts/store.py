@@ -18,12 +18,14 @@ import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 FILE_TYPE = "application/octet-stream"
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
+IMAGE_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 TITLE = "org.opencontainers.image.title"
 MANIFEST_LIMIT_BYTES = 4 * 2**20  # distribution-spec: what a registry must at least accept
 
@@ -93,23 +95,57 @@ class Store(ABC):
             _check_tag(tag)
         check_titles(list(files))
         config_bytes = config if isinstance(config, bytes) else canonical_json(config)
-        layers = []
-        for title in sorted(files):
-            with files[title].open("rb") as file:
-                descriptor = _describe(file, FILE_TYPE)
-                self._put_blob(repository, descriptor, file)
-            layers.append(descriptor | {"annotations": {TITLE: title}})
-        config_descriptor = _describe(io.BytesIO(config_bytes), artifact_type)
-        self._put_blob(repository, config_descriptor, io.BytesIO(config_bytes))
-        manifest: dict[str, Any] = {
+        layers = [
+            self._put_file(repository, files[title], FILE_TYPE) | {"annotations": {TITLE: title}}
+            for title in sorted(files)
+        ]
+        said: dict[str, Any] = {"artifactType": artifact_type}
+        if annotations:
+            said["annotations"] = dict(annotations)
+        return self._finish(repository, layers, config_bytes, artifact_type, said, tag)
+
+    def push_image(
+        self, repository: str, layers: Sequence[Path], annotations: Mapping[str, str], tag: str | None = None
+    ) -> str:
+        """Store a container image of these layers (uncompressed tars) and return its manifest digest."""
+        _check_repository(repository)
+        if tag is not None:
+            _check_tag(tag)
+        described = [self._put_file(repository, layer, LAYER_TYPE) for layer in layers]
+        # Files for any machine; image-spec wants a platform named, and this is what every puller takes by default.
+        config = {
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in described]},
+        }
+        said = {"annotations": dict(annotations)}
+        return self._finish(repository, described, canonical_json(config), IMAGE_CONFIG_TYPE, said, tag)
+
+    def _put_file(self, repository: str, path: Path, media_type: str) -> dict[str, Any]:
+        with path.open("rb") as file:
+            descriptor = _describe(file, media_type)
+            self._put_blob(repository, descriptor, file)
+        return descriptor
+
+    def _finish(
+        self,
+        repository: str,
+        layers: list[dict[str, Any]],
+        config: bytes,
+        config_type: str,
+        said: Mapping[str, Any],
+        tag: str | None,
+    ) -> str:
+        """Store config and manifest of blobs that are there, then move the tag."""
+        config_descriptor = _describe(io.BytesIO(config), config_type)
+        self._put_blob(repository, config_descriptor, io.BytesIO(config))
+        manifest = {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
-            "artifactType": artifact_type,
             "config": config_descriptor,
             "layers": layers,
+            **said,
         }
-        if annotations:
-            manifest["annotations"] = dict(annotations)
         data = canonical_json(manifest)
         digest = _sha256(data)
         self._put_manifest(repository, digest, data)
@@ -147,6 +183,8 @@ class Store(ABC):
         manifest = json.loads(data)
         if manifest.get("mediaType") != MANIFEST_TYPE:
             raise StoreError(f"{where} {digest}: expected {MANIFEST_TYPE}, found {manifest.get('mediaType')}")
+        if (size := manifest["config"]["size"]) > MANIFEST_LIMIT_BYTES:  # held in memory
+            raise StoreError(f"{where} {digest}: a config of {size} bytes; the limit is {MANIFEST_LIMIT_BYTES}")
         config = io.BytesIO()
         self._fetch(repository, manifest["config"], config, "config")
         return Artifact(digest, manifest, config.getvalue())

@@ -217,9 +217,11 @@ class Cluster(pulumi.ComponentResource):
             )
             if paid
             else None,
-            # No pod of the stack claims a volume, and each driver is pods on every node.
+            # No pod of ours claims a volume, and each driver is pods on every node. Those in which KAITO tunes do.
             storage_profile=containerservice.ManagedClusterStorageProfileArgs(
-                blob_csi_driver=containerservice.ManagedClusterStorageProfileBlobCSIDriverArgs(enabled=False),
+                blob_csi_driver=containerservice.ManagedClusterStorageProfileBlobCSIDriverArgs(
+                    enabled=place.kaito_tunes
+                ),
                 disk_csi_driver=containerservice.ManagedClusterStorageProfileDiskCSIDriverArgs(enabled=False),
                 file_csi_driver=containerservice.ManagedClusterStorageProfileFileCSIDriverArgs(enabled=False),
                 snapshot_controller=containerservice.ManagedClusterStorageProfileSnapshotControllerArgs(enabled=False),

@@ -136,6 +136,7 @@ def estimate(env: Environment, location: str, dataset_bytes: Mapping[str, int]) 
         Line("cluster", f"AKS, tier {env.cluster.tier}", *[prices.AKS_TIER[env.cluster.tier]] * 2),
         *_cpu_pools(env, location),
         *(_gpu_pool(env, name, location) for name in env.pools),
+        *_kaito_trains(env, location),
         *_disks(env),
         *_network(env),
         _registry(env),
@@ -237,6 +238,14 @@ def _gpu_pool(env: Environment, name: str, location: str) -> Line:
     return Line(f"pool {name}", " or ".join(told), min(low), max(high))
 
 
+def _kaito_trains(env: Environment, location: str) -> Iterator[Line]:
+    """The nodes that KAITO orders beside the pools: one for each training, and gone when that has ended."""
+    if env.tuning.runtime == "kaito" and env.adapters:
+        size, most = env.pools[env.tuning.pool].vm_size, len(env.adapters)
+        usd, how = _price(env, size, location)
+        yield Line("KAITO's tuning", f"{_count(0, most)} x {size}{how}", 0, most * usd)
+
+
 def _disks(env: Environment) -> Iterator[Line]:
     """OS disks: AKS takes a size's own disk, at no price, where it is large enough, and a Premium SSD otherwise."""
     cluster = env.cluster
@@ -284,6 +293,8 @@ def _blob(env: Environment, dataset_bytes: Mapping[str, int]) -> Line:
 
 def _not_counted(env: Environment) -> Iterator[str]:
     yield "data sent and processed, transactions, logs (some $3 a GB), metrics, nodes that an upgrade adds, tax"
+    if env.compiles:
+        yield f"for each image and setting that serves, minutes of a GPU of pool {env.serving.pool} to compile"
     if env.grafana:
         yield "the managed Grafana (no price known here)"
     if env.network.private:

@@ -36,7 +36,8 @@ def prepare(env: Environment, *, organization: str, stack: str, location: str) -
         admin_type="Group" if env.cluster.admin_group_id else _deployer_type(os.environ),
         protect=env.protect,
         private=env.network.private,
-        kaito=env.serving.runtime == "kaito",
+        kaito=env.kaito,
+        kaito_tunes=env.tuning.runtime == "kaito",
     )
 
 

@@ -5,7 +5,7 @@ A Workspace with one node has the same fields since v0.6; InferenceSet v1beta1 i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -66,6 +66,34 @@ class Inference(_Part):
     adapters: tuple[Adapter, ...] | None = Field(None, max_length=10)
 
 
+class VolumeClaim(_Part):
+    """A PersistentVolumeClaim of the namespace."""
+
+    claim_name: str
+
+
+class Volume(_Part):
+    """The one kind of Kubernetes' volume sources that is written here."""
+
+    persistent_volume_claim: VolumeClaim
+
+
+class Data(_Part):
+    """Where rows are read, or the adapter is put: a volume, mounted as a whole."""
+
+    volume_source: Volume
+
+
+class Tuning(_Part):
+    """`config`: a ConfigMap of the namespace with training_config.yaml, which KAITO's webhook reads."""
+
+    preset: Preset
+    method: Literal["lora", "qlora"]
+    config: str
+    input: Data
+    output: Data
+
+
 class WorkspaceResource(_Part):
     """One node of this VM size."""
 
@@ -74,10 +102,11 @@ class WorkspaceResource(_Part):
 
 
 class Workspace(_Part):
-    """Its own fields; KAITO has no `spec` here."""
+    """Its own fields; KAITO has no `spec` here. One of the two: it serves, or it tunes."""
 
     resource: WorkspaceResource
-    inference: Inference
+    inference: Inference | None = None
+    tuning: Tuning | None = None
 
 
 class SetResource(_Part):

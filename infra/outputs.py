@@ -59,12 +59,15 @@ class Outputs:
     )
     images: pulumi.Input[dict[str, Any]] = field(metadata=said("The images built from this repository, by digest."))
     endpoint: pulumi.Input[str] = field(metadata=said("Base URL of the OpenAI API, from inside the cluster."))
+    replicas: pulumi.Input[str] = field(
+        metadata=said("What answers there: deployment/engine, or KAITO's workspace/NAME or inferenceset/NAME.")
+    )
     models: pulumi.Input[list[str]] = field(metadata=said("What clients put into `model`: the base and every adapter."))
     client_label: pulumi.Input[dict[str, str]] = field(
         metadata=said("Label of the namespaces whose pods may ask the endpoint.")
     )
     tuning_jobs: pulumi.Input[dict[str, Any]] = field(
-        metadata=said("The tuning Job of each adapter, in namespace drydock-tuning.")
+        metadata=said("The tuning Job of each adapter, in namespace drydock-tuning (by KAITO: drydock-kaito-tuning).")
     )
     stress_report: pulumi.Input[str | None] = field(
         metadata=said("Where the stress test that the settings name puts its report once it has run, if they name one.")
@@ -105,12 +108,14 @@ def of_environment(
     store: pulumi.Output[str],
     jobs: Mapping[str, pulumi.Output[str]],
     watch: str,
+    replicas: str,
     eyes: Observability,
     stress: StressTest | None,
     drills: Drills | None,
     cost: dict[str, Any] | None,
 ) -> Outputs:
     """The outputs of an environment from its components; `jobs`: the tuning Job's name by adapter."""
+    tuning = "drydock-kaito-tuning" if env.tuning.runtime == "kaito" else "drydock-tuning"
     return Outputs(
         resource_group=place.group,
         location=place.location,
@@ -123,6 +128,7 @@ def of_environment(
         storage_account=storage.name,
         images={name: getattr(images, name) for name in IMAGES},
         endpoint=pulumi.Output.concat(url, "/v1"),
+        replicas=replicas,
         models=list(env.served),
         client_label=CLIENT_LABEL,
         tuning_jobs=dict(jobs),
@@ -134,7 +140,7 @@ def of_environment(
         next_steps=[
             pulumi.Output.format("az aks get-credentials --resource-group {0} --name {1}", place.group, cluster.name),
             *(
-                pulumi.Output.format("kubectl -n drydock-tuning logs -f job/{0} --all-containers", job)
+                pulumi.Output.format("kubectl -n {0} logs -f job/{1} --all-containers", tuning, job)
                 for job in jobs.values()
             ),
             watch,

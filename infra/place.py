@@ -24,6 +24,7 @@ class Place:
     protect: bool  # whether what holds data refuses to be deleted
     private: bool  # whether registry, storage and API server answer inside the virtual network alone
     kaito: bool = False  # whether the cluster has AKS's AI toolchain operator
+    kaito_tunes: bool = False  # whether adapters are tuned by it, which mounts its data from Blob
 
     def role(self, guid: str) -> pulumi.Output[str]:
         """The resource ID of the built-in role with this GUID (`infra.roles`)."""

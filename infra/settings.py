@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,9 +15,9 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 
 from common.settings import Settings, SettingsError, explain, key_lines
 from infra.catalog import MODELS, SKUS, Architecture, Sku, sku
-from infra.kaito import refusals
+from infra.kaito import refusals, tuning_refusals
 from serving.spec import STANDARD, EngineSettings, Tier, TierName
-from stress.scenarios import HURTING, Bounds, Scenarios
+from stress.scenarios import HURTING, LONGEST_LOSS_SECONDS, Bounds, Scenarios
 from stress.spec import (
     CLIENTS_WORDS,
     MODELS_WORDS,
@@ -28,6 +29,8 @@ from stress.spec import (
     RampSeconds,
     Slo,
     Users,
+    Workers,
+    enough_for,
 )
 from training.spec import AdapterName, TuningSettings
 
@@ -118,6 +121,13 @@ class Cluster(Settings):
     provisioning: Literal["pools", "automatic"] = Field(
         "pools", description="automatic: node auto-provisioning (Karpenter) makes GPU nodes instead of agent pools."
     )
+    kaito: bool = Field(
+        False,
+        description="KAITO's add-on stays although nothing uses it: on the way back from it, when it has to clean up.",
+    )
+    gpu_metrics: bool = Field(
+        True, description="DCGM's figures of the GPUs; false where something else brings them, such as a GPU Operator."
+    )
 
 
 class GpuPool(Settings):
@@ -200,9 +210,22 @@ class Base(Settings):
         return self.model.rpartition("/")[2]
 
 
+class KaitoTuning(Settings):
+    """What must be said where KAITO tunes."""
+
+    other_loss: bool = Field(
+        False,
+        description="Said aloud: KAITO learns prompts as well as answers, and cuts what is beyond max_seq_length off.",
+    )
+
+
 class Tuning(Settings):
     """Where the tuning Jobs run and how long they may."""
 
+    runtime: Literal["direct", "kaito"] = Field(
+        "direct", description="Who tunes: this stack, or the managed KAITO of AKS (docs/kaito.md: the difference)."
+    )
+    kaito: KaitoTuning = Field(default_factory=KaitoTuning, description="For runtime: kaito alone.")
     pool: PoolName = Field(description="GPU pool, a key of `pools`.")
     gpus: int = Field(
         1, ge=1, le=8, description="GPUs of one node that tune one adapter together; more are faster, with one result."
@@ -255,6 +278,15 @@ class Serving(EngineSettings):
     expose: Literal["cluster", "vnet"] = Field(
         "cluster", description="vnet: an internal load balancer, reachable from the virtual network."
     )
+    keep_compiled: bool = Field(
+        True,
+        description="A Job compiles once for all replicas, for minutes on a spare GPU; where none is, each compiles.",
+    )
+    new_first: bool = Field(
+        False,
+        description="pulumi up waits, an hour or more, until new replicas answer, and only then removes those of "
+        "before: another runtime, or another setting of KAITO's. Needs GPUs for both.",
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Serving:
@@ -306,12 +338,18 @@ class Stress(Run):
     users: Users = 100
     ramp_seconds: RampSeconds = 60
     duration_seconds: DurationSeconds = 600
+    workers: Workers = 1
     clients: Clients | None = Field(None, description=f"{CLIENTS_WORDS}; instead of client, for figures by tier")
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Stress:
         if self.client and self.clients:
             raise ValueError(f"client is {self.client}, but clients is given as well: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _each_worker_has_a_part(self) -> Stress:
+        enough_for(self.workers, self)
         return self
 
 
@@ -323,13 +361,19 @@ class Drills(Run):
     duration_seconds: DurationSeconds = 120
     scenarios: Scenarios = Field(
         ("long-prompts", "replica-loss"),
-        description="In this order; there are also node-drain, outage, tuning-eviction.",
+        description="In this order; there are also node-drain, outage, tuning-eviction, and registry-unreachable: the "
+        "sidecars are told that the registry is out of reach, the network is left alone.",
     )
     allow_outage: bool = Field(
         False, description="What is protected (`protect`) may be made to serve less for minutes, or not at all."
     )
     before_seconds: float = Field(30, gt=0, le=3600, description="Load before something is broken.")
-    after_seconds: float = Field(10, gt=0, le=3600, description="Load after it is whole again.")
+    after_seconds: float = Field(
+        10,
+        gt=0,
+        le=3600,
+        description="Load after it is whole again; registry-unreachable: so long it is not, once all replicas say so.",
+    )
     bounds: Bounds = Field(default_factory=Bounds, description="What each drill must stay within.")
 
     @field_validator("slo")
@@ -424,6 +468,17 @@ class Environment(Settings):
         )
 
     @property
+    def kaito(self) -> bool:
+        """Whether the cluster has the add-on."""
+        return self.cluster.kaito or "kaito" in (self.serving.runtime, self.tuning.runtime)
+
+    @property
+    def room_for_both(self) -> bool:
+        """Whether the serving pool's size allows its replicas twice: KAITO's nodes are of the same size and quota."""
+        pool = self.pools[self.serving.pool]
+        return 2 * self.serving.max_replicas <= pool.max_nodes * pool.sku.gpus
+
+    @property
     def stress_key(self) -> SecretStr | None:
         """The API key with which the stress test asks; None where the settings do not say which, or have none."""
         return self.key_of(self.stress)
@@ -433,7 +488,8 @@ class Environment(Settings):
         """The load of the stress test, with the tiers of its clients."""
         clients = self.stress.clients
         tiers = {client: self.tier_of(client)[0] for client in clients} if clients else None
-        return self.stress.spec(self.served).model_copy(update={"clients": clients, "tiers": tiers})
+        given = {"clients": clients, "tiers": tiers, "workers": self.stress.workers}
+        return self.stress.spec(self.served).model_copy(update=given)
 
     def key_of(self, run: Run) -> SecretStr | None:
         """The API key with which a load asks; None where the settings do not say which, or have none."""
@@ -451,6 +507,18 @@ class Environment(Settings):
     def max_lora_rank(self) -> int:
         """The largest rank among the adapters, which every replica has room for."""
         return max((adapter.lora_r for adapter in self.adapters.values()), default=16)
+
+    @property
+    def finds_compiled(self) -> bool:
+        """Whether replicas look for compiled graphs; numbers of replicas and nodes do not count: they roll nothing."""
+        serving = self.serving
+        return serving.keep_compiled and serving.runtime == "direct" and serving.device == "cuda"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a Job compiles for the replicas: on a GPU that neither they at their least nor tuning Jobs take."""
+        pool = self.pools[self.serving.pool]
+        return self.finds_compiled and pool.max_nodes * pool.sku.gpus > self.serving.min_replicas + self.other_gpus
 
     @property
     def other_gpus(self) -> int:
@@ -573,6 +641,12 @@ def inconsistencies(env: Environment) -> list[str]:
                 f"serving.max_replicas: {env.serving.max_replicas} replicas need as many GPUs, but pool "
                 f"{env.serving.pool} has {room} at most: raise pools.{env.serving.pool}.max_nodes or lower it"
             )
+        elif env.serving.new_first and not env.room_for_both:
+            found.append(
+                f"serving.new_first: new and old replicas are {2 * env.serving.max_replicas} GPUs, but pool "
+                f"{env.serving.pool} has {room} at most: raise pools.{env.serving.pool}.max_nodes, or leave it out: "
+                "nobody is answered then while the new ones come up"
+            )
         if pool_settings.spot and env.serving.min_replicas >= 3:
             found.append(
                 f"serving.pool: {env.serving.pool} is a spot pool, which may lose all replicas at once: "
@@ -587,7 +661,11 @@ def inconsistencies(env: Environment) -> list[str]:
         found += refusals(env)
     elif env.serving.kaito != Kaito():
         found.append("serving.kaito: counts with serving.runtime: kaito alone: set that, or remove this")
-    found += _load(env, "stress", env.stress) if env.stress.run else ()
+    if env.tuning.runtime == "kaito":
+        found += tuning_refusals(env)
+    elif env.tuning.kaito != KaitoTuning():
+        found.append("tuning.kaito: counts with tuning.runtime: kaito alone: set that, or remove this")
+    found += [*_load(env, "stress", env.stress), *_workers_room(env)] if env.stress.run else ()
     return [*found, *(_drills(env) if env.drills.run else ())]
 
 
@@ -676,6 +754,25 @@ def _load(env: Environment, name: str, run: Run) -> Iterator[str]:
         )
 
 
+def _workers_room(env: Environment) -> Iterator[str]:
+    """Whether the apps pool can hold the stress test's master and workers, of a core each, beside two routers."""
+    pods, cluster = env.stress.workers + 1, env.cluster
+    cores = re.match(r"standard_[a-z]+(\d+)(?:-(\d+))?", cluster.apps_vm_size, re.IGNORECASE)
+    if env.stress.workers == 1 or not cores:
+        return
+    each = int(cores[2] or cores[1]) - 1  # one is left to the system, as on GPU nodes
+    room = cluster.apps_max_nodes * each - 2
+    if room < pods:
+        need = math.ceil((pods + 2) / each) if each else 0
+        larger = "take a larger cluster.apps_vm_size, "
+        remedy = f"raise cluster.apps_max_nodes to {need}, " if 0 < need <= 20 else larger
+        yield (
+            f"stress.workers: {env.stress.workers} workers and their master need a core each, and beside two routers "
+            f"the apps pool has {max(room, 0)} at most (cluster.apps_max_nodes = {cluster.apps_max_nodes}, "
+            f"{cluster.apps_vm_size}): {remedy}or lower it"
+        )
+
+
 def _load_tier(env: Environment, setting: str, client: str, run: Run) -> Iterator[str]:
     """Where a load would measure how its own client is refused."""
     name = setting.partition(".")[0]
@@ -711,6 +808,13 @@ def _drills(env: Environment) -> Iterator[str]:
             f"drills.scenarios: {' and '.join(lost)} would be an outage with serving.min_replicas = "
             f"{env.serving.min_replicas}: raise it to 2, or choose outage"
         )
+    if "registry-unreachable" in chosen and env.drills.after_seconds > LONGEST_LOSS_SECONDS:
+        yield (
+            f"drills.after_seconds: {env.drills.after_seconds:g} s are more than the {LONGEST_LOSS_SECONDS:g} s that "
+            "registry-unreachable may last: lower it, or leave that scenario out"
+        )
+    if "registry-unreachable" in chosen and not env.adapters:
+        yield "drills.scenarios: registry-unreachable needs an adapter: without one no replica asks the registry"
     pool = env.pools.get(env.serving.pool)
     if "node-drain" in chosen and pool and (pool.max_nodes - 1) * pool.sku.gpus < env.serving.min_replicas:
         yield (

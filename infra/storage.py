@@ -1,4 +1,4 @@
-"""The storage account: datasets, base models, checkpoints and reports, reached by Entra identities alone."""
+"""The storage account: datasets, models, checkpoints, reports, compiled graphs, reached by Entra identities alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from infra.place import Place
 from infra.roles import BLOB_DATA_CONTRIBUTOR, grant
 from infra.settings import Retention
 
-DATASETS, MODELS, CHECKPOINTS, REPORTS = CONTAINERS = ("datasets", "models", "checkpoints", "reports")
+DATASETS, MODELS, CHECKPOINTS, REPORTS, COMPILED = CONTAINERS = (
+    "datasets",
+    "models",
+    "checkpoints",
+    "reports",
+    "compiled",
+)
+# What KAITO tunes on and what it made, where it does (`Place.kaito_tunes`): its pods see nothing else of the account.
+KAITO = "kaito"
+KAITO_DATA, KAITO_OUT = "data", "out"  # folders of it
+COMPILED_DAYS = 365  # some 100 MB for each image and setting that ever served; one that still does compiles again then
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class Storage(pulumi.ComponentResource):
             container_delete_retention_policy=storage.DeleteRetentionPolicyArgs(enabled=True, days=days),
             opts=child,
         )
+        names = (*CONTAINERS, KAITO) if place.kaito_tunes else CONTAINERS
+        made_by_kaito = [f"{KAITO}/{KAITO_OUT}/"] if place.kaito_tunes else []
         containers = {
             container: storage.BlobContainer(
                 f"{name}-{container}",
@@ -75,12 +87,14 @@ class Storage(pulumi.ComponentResource):
                 account_name=account.name,
                 resource_group_name=place.group,
                 public_access=storage.PublicAccess.NONE,
-                # After the service's properties: nothing is written before versions are kept. Checkpoints may go.
+                # After the service's properties: nothing is written before versions are kept. What comes again may go.
                 opts=pulumi.ResourceOptions(
-                    parent=self, depends_on=[service], protect=place.protect and container != CHECKPOINTS
+                    parent=self,
+                    depends_on=[service],
+                    protect=place.protect and container not in (CHECKPOINTS, COMPILED),
                 ),
             )
-            for container in CONTAINERS
+            for container in names
         }
         storage.ManagementPolicy(
             f"{name}-lifecycle",
@@ -89,21 +103,27 @@ class Storage(pulumi.ComponentResource):
             resource_group_name=place.group,
             policy=storage.ManagementPolicySchemaArgs(
                 rules=[
-                    _rule(
-                        "old-checkpoints",
-                        prefixes=[f"{CHECKPOINTS}/"],
-                        actions=storage.ManagementPolicyActionArgs(
-                            base_blob=storage.ManagementPolicyBaseBlobArgs(
-                                delete=storage.DateAfterModificationArgs(
-                                    days_after_modification_greater_than=args.retention.checkpoint_days
+                    *(
+                        _rule(
+                            f"old-{container}",
+                            prefixes=prefixes,
+                            actions=storage.ManagementPolicyActionArgs(
+                                base_blob=storage.ManagementPolicyBaseBlobArgs(
+                                    delete=storage.DateAfterModificationArgs(
+                                        days_after_modification_greater_than=kept_days
+                                    )
                                 )
-                            )
-                        ),
+                            ),
+                        )
+                        for container, prefixes, kept_days in (
+                            (CHECKPOINTS, [f"{CHECKPOINTS}/", *made_by_kaito], args.retention.checkpoint_days),
+                            (COMPILED, [f"{COMPILED}/"], COMPILED_DAYS),
+                        )
                     ),
                     # With versioning on, what is deleted or overwritten becomes an old version and would stay for ever.
                     _rule(
                         "old-versions",
-                        prefixes=[f"{container}/" for container in CONTAINERS],
+                        prefixes=[f"{container}/" for container in names],
                         actions=storage.ManagementPolicyActionArgs(
                             version=storage.ManagementPolicyVersionArgs(
                                 delete=storage.DateAfterCreationArgs(days_after_creation_greater_than=days)

@@ -19,12 +19,13 @@ class Pods:
     """Replicas that Kubernetes knows: the pods of `namespace` with all labels of `selector` (KEY=VALUE).
 
     The router lists and watches them (RBAC: `list` and `watch` on `pods` there). It takes a pod in when the pod is
-    ready, and out when it is no longer or is being deleted.
+    ready, and out when it is no longer or is being deleted. `health`: the path that is asked of each, every second.
     """
 
     selector: Sequence[str]
     namespace: str
     port: int
+    health: str = "/ready"
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--namespace", help="of the pods")
     parser.add_argument("--replica-port", type=int, default=8000, help="of the pods [%(default)s]")
+    parser.add_argument("--replica-health", default="/ready", metavar="PATH", help="asked of the pods [%(default)s]")
 
 
 def become_router(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
@@ -55,7 +57,8 @@ def become_router(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     if bool(arguments.selector) != bool(arguments.namespace):
         parser.error("--selector and --namespace go together")
     command = router_command(
-        arguments.replica or Pods(arguments.selector, arguments.namespace, arguments.replica_port),
+        arguments.replica
+        or Pods(arguments.selector, arguments.namespace, arguments.replica_port, arguments.replica_health),
         (arguments.host, arguments.port),
         (arguments.metrics_host or arguments.host, arguments.metrics_port),
         arguments.max_request_kib,
@@ -88,8 +91,8 @@ def router_command(
         "--policy", "round_robin" if not isinstance(replicas, Pods) and len(replicas) == 1 else "power_of_two",
         # It holds a body in memory, for retries: up to 512 MiB each by default. The replicas have the exact limit.
         "--max-payload-size", str(max_request_kib * 1024),
-        # /health is true before the adapters are loaded; /ready is not.
-        "--health-check-endpoint", "/ready",
+        # /health is true before the adapters are loaded; /ready is not. Without our request layer there is no /ready.
+        "--health-check-endpoint", replicas.health if isinstance(replicas, Pods) else "/ready",
         # The default of 60 s would send traffic to a dead replica for minutes.
         "--health-check-interval-secs", "1", "--health-failure-threshold", "2", "--health-success-threshold", "1",
         "--health-check-timeout-secs", "5",

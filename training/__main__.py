@@ -35,6 +35,7 @@ from data to an adapter that may be served
   python -m training publish --run runs/my --store oci://HOST/PREFIX    promoted if it passed
 an adapter that PEFT or TRL made elsewhere
   python -m training adopt --spec my.yaml --adapter FOLDER --out runs/my    then evaluate and publish, as above
+  python -m training adopt --spec my.yaml --adapter oci://HOST/REPO:TAG --out runs/my     an image of KAITO's tuning
 
 a dataset row    {{"instruction": "...", "input": "...", "output": "..."}}
                  or {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
@@ -83,12 +84,17 @@ several GPUs, several machines (on each the same command, with its own --node-ra
 ADOPT = f"""
 example
   python -m training adopt --spec my.yaml --adapter path/from/trl --out runs/my
+  python -m training adopt --spec my.yaml --adapter oci://HOST/REPO[:TAG|@sha256:...] --out runs/my
   python -m serving evaluate --spec serving.yaml --run runs/my
   python -m training publish --run runs/my --store oci://HOST/PREFIX
 
 The settings file needs adapter, base_model and dataset, and may have a gate: what the adapter is asked. Learning rate
 and the like are not taken over from it: how the adapter was tuned is not known, and its card says so. What vLLM cannot
 serve is refused: DoRA, biases, modules_to_save, changed embeddings, a rank beyond 512, matrices of another base.
+
+oci://... is an image with the adapter in /data, as KAITO's tuning pushes it. Only adapter_config.json and
+adapter_model.safetensors are taken out of it; the image's digest is recorded. Signed in to as an adapter store is.
+Whoever tuned it may have used another chat template, or none: the evaluation asks through the one of the base here.
 
 files in --out: adapter/ (a copy), spec.json, tuning.json, held_out.jsonl
 {EXIT_CODES}"""
@@ -131,9 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     launch.add_arguments(tune)
 
-    adopt = command("adopt", "take in an adapter that PEFT or TRL made elsewhere, to evaluate and publish it", ADOPT)
+    adopt = command("adopt", "take in an adapter that PEFT, TRL or KAITO made, to evaluate and publish it", ADOPT)
     adopt.add_argument("--spec", type=Path, required=True, help="settings file: adapter, base_model, dataset, gate")
-    adopt.add_argument("--adapter", type=Path, required=True, help="folder with adapter_config.json and its weights")
+    adopt.add_argument(
+        "--adapter", required=True, help="folder with adapter_config.json and its weights, or oci://HOST/REPO[:TAG]"
+    )
     adopt.add_argument("--out", type=Path, required=True, help="folder of the run that this makes")
 
     publish = command("publish", "push an evaluated adapter; move `promoted` if its gate passed", PUBLISH)

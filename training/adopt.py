@@ -1,4 +1,4 @@
-"""Takes in an adapter that was tuned elsewhere, by plain PEFT or TRL, so that it is held to the same proof as ours."""
+"""Takes in an adapter that was tuned elsewhere, by PEFT, TRL or KAITO, so that it is held to the same proof as ours."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, check_adapter, lora_shapes
+from artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, check_adapter, lora_shapes
+from artifacts.image import Pulled, pull
+from artifacts.store import NotFound
 from common.files import file_digest, read_json, write_json, write_jsonl
 from common.settings import SettingsError, explain
 from training.base import base_folder, base_revision, base_shapes
@@ -24,13 +27,30 @@ KNOWN = ("adapter", "base_model", "dataset", "held_out_fraction", "max_seq_lengt
 """The settings that are ours to know: what is asked of the adapter. How it was tuned is not, beyond what PEFT wrote."""
 
 
-def adopt(spec: TuningSpec, adapter: Path, out: Path) -> dict[str, Any]:
-    """Make `out` the folder of a run whose adapter is the one in folder `adapter`; returns what `tuning.json` says.
+def adopt(spec: TuningSpec, adapter: str, out: Path) -> dict[str, Any]:
+    """Make `out` the folder of a run whose adapter is `adapter` (a folder, or oci://...); returns its `tuning.json`.
 
     It holds what `serving evaluate` and `training publish` need, and nothing that was not seen: no steps, no loss, no
     learning rate. `spec` gives name, base, dataset (its held-out rows are what the gate asks) and gate. Raises
-    `SettingsError` with every reason why the adapter cannot be served on that base, or `out` holds something else.
+    `SettingsError` with every reason why the adapter cannot be served on that base, or `out` holds something else;
+    `StoreError` where an image's registry fails.
     """
+    if not adapter.startswith("oci://"):
+        return _adopt(spec, Path(adapter), out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".image-") as temporary:
+        folder = Path(temporary) / "data"
+        try:
+            image = pull(adapter, folder)
+        except (AdapterError, NotFound, ValueError) as error:
+            raise SettingsError([f"--adapter: {line}" for line in str(error).splitlines()]) from error
+        try:
+            return _adopt(spec, folder, out, image)
+        except SettingsError as error:  # told of the image: the folder is gone by then
+            raise SettingsError([problem.replace(str(folder), image.reference) for problem in error.problems]) from None
+
+
+def _adopt(spec: TuningSpec, adapter: Path, out: Path, image: Pulled | None = None) -> dict[str, Any]:
     from training.begin import split  # here: it loads torch, and the problems of a spec are told before
 
     base = base_folder(spec.base_model)
@@ -48,9 +68,11 @@ def adopt(spec: TuningSpec, adapter: Path, out: Path) -> dict[str, Any]:
         problems += [f"{adapter / CONFIG_FILE}: {problem}" for problem in explain(error, TuningSpec)]
     if problems:
         raise SettingsError(problems)
-    tuned_on = config.get("base_model_name_or_path")
-    if tuned_on and Path(tuned_on).name != base.name:
-        log.warning("its %s says that it was tuned on %s; it will be measured on %s", CONFIG_FILE, tuned_on, base)
+    # KAITO's pods have the base in /workspace/weights, whichever it is; their image says which preset it was.
+    tuned_on = (image and image.model) or config.get("base_model_name_or_path")
+    if tuned_on and Path(tuned_on).name.lower() != base.name.lower():
+        where = "image" if image and image.model else CONFIG_FILE
+        log.warning("its %s says that it was tuned on %s; it will be measured on %s", where, tuned_on, base)
     _, held_out, checked = split(spec)
     digests = {name: file_digest(adapter / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     origin = {
@@ -63,7 +85,7 @@ def adopt(spec: TuningSpec, adapter: Path, out: Path) -> dict[str, Any]:
         "adapter": spec.adapter,
         **origin,
         "held_out": len(held_out),
-        "adopted": {"files": digests, "base_model": tuned_on},
+        "adopted": {"files": digests, "base_model": tuned_on, **({"image": image.reference} if image else {})},
         "versions": {"peft": str(written_by)} if written_by else {},
     }
     _make_way(out, summary)
@@ -117,7 +139,8 @@ def _make_way(out: Path, summary: dict[str, Any]) -> None:
     before = read_json(out / "tuning.json") if (out / "tuning.json").is_file() else {}
     if before.get("fingerprint") != summary["fingerprint"]:
         raise SettingsError([f"--out: {out}: holds something else, which would be lost; name a new folder"])
-    if before != summary:  # other rows or another base: what was measured does not hold any more
+    if before | {"adopted": None} != summary | {"adopted": None}:
+        # Other rows or another base: what was measured does not hold any more.
         for name in ("evaluation.json", "canaries.json"):
             (out / name).unlink(missing_ok=True)
 

@@ -117,6 +117,7 @@ def _origin(card: AdapterCard, tuning: dict[str, Any]) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in sorted(card.versions.items())),
     }
     if "adopted" in tuning:
+        said["taken from the image"] = f"`{tuning['adopted']['image']}`" if "image" in tuning["adopted"] else ""
         said["by its own account, tuned on"] = f"`{tuning['adopted']['base_model'] or 'nothing named'}`"
     return {name: text for name, text in said.items() if text}
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import pulumi
 
 from infra.datasets import Datasets
+from infra.identities import Identities
 from infra.images import Images
+from infra.place import Place
 from infra.settings import Environment
+from workloads.kaito_tuning import KaitoTuning, KaitoTuningArgs
 from workloads.namespaces import Namespace
 from workloads.tuning import TuningJob, TuningJobArgs
 
@@ -18,6 +21,8 @@ class AdaptersArgs:
     """The settings, and what other components have made for the Jobs."""
 
     env: Environment
+    place: Place
+    identities: Identities
     base_address: pulumi.Input[str]  # az://ACCOUNT/models/OWNER/NAME/REVISION
     datasets: Datasets
     images: Images
@@ -27,13 +32,31 @@ class AdaptersArgs:
 
 
 class Adapters(pulumi.ComponentResource):
-    """The tuning Jobs; `job_names` by adapter."""
+    """The tuning Jobs, or those that have KAITO tune; `job_names` by adapter."""
 
     job_names: dict[str, pulumi.Output[str]]
 
     def __init__(self, name: str, args: AdaptersArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:workloads:Adapters", name, None, opts)
         env = args.env
+        if args.identities.kaito:
+            self.job_names = KaitoTuning(
+                "kaito-tuning",
+                KaitoTuningArgs(
+                    env=env,
+                    place=args.place,
+                    base_address=args.base_address,
+                    datasets=args.datasets,
+                    images=args.images,
+                    store=args.store,
+                    account=args.account,
+                    namespace=args.namespace,
+                    identity=args.identities.kaito,
+                ),
+                pulumi.ResourceOptions(parent=self),
+            ).job_names
+            self.register_outputs({"job_names": self.job_names})
+            return
         self.job_names = {
             adapter: TuningJob(
                 f"tune-{adapter}",

@@ -1,4 +1,4 @@
-"""Serving by KAITO: one Workspace, or an InferenceSet of several, and the Service by which clients reach them."""
+"""Serving by KAITO: one Workspace, or an InferenceSet of several, to which our router leads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pulumi
 import pulumi_kubernetes
 import yaml
-from pulumi_kubernetes import core, meta, networking
+from pulumi_kubernetes import core, meta, rbac
 
 from common.lora import vllm_lora_rank
 from infra.kaito import preset
@@ -32,16 +32,18 @@ from infra.kaito_types import (
     Workspace,
     WorkspaceResource,
 )
-from infra.outputs import CLIENT_LABEL
 from infra.settings import Environment
-from workloads.namespaces import Namespace, NamespaceArgs
-from workloads.policies import egress_https, network_policy
-from workloads.router import SERVICE
+from workloads.engine import ROUTER_LABELS
+from workloads.namespaces import SERVING, Namespace, NamespaceArgs
+from workloads.policies import egress_https, egress_to, ingress_from, network_policy
+from workloads.router import ACCOUNT, Replicas
 
 NAMESPACE = "drydock-kaito"
 NODE_LABEL = "drydock/kaito"
+HEALTH = "/health"
 CONFIG_FILE = "inference_config.yaml"
 TOKEN_SECRET, TOKEN_KEY = "huggingface", "HF_TOKEN"  # the key is KAITO's
+WAIT_FOR = "pulumi.com/waitFor"  # what counts as being there, for Pulumi
 START_SECONDS = 3600  # a node with its driver, an image of 10 GB, weights from the hub, compilation
 
 
@@ -100,10 +102,14 @@ def manifest(env: Environment) -> dict[str, Any]:
     said = [several, size, inference_config(env), inference(env, "").written()]
     name = f"engine-{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]}"
     what, nodes = inference(env, name), LabelSelector(match_labels={NODE_LABEL: name})
+    waited = {WAIT_FOR: "condition=InferenceReady"}
+    if several:
+        waited = {WAIT_FOR: f"jsonpath={{.status.readyReplicas}}={env.serving.max_replicas}"}
+    annotations = NO_BENCHMARK | (waited if env.serving.new_first else {})
     head = {
         "apiVersion": API_VERSION,
         "kind": "InferenceSet" if several else "Workspace",
-        "metadata": {"name": name, "namespace": NAMESPACE, "annotations": NO_BENCHMARK},
+        "metadata": {"name": name, "namespace": NAMESPACE, "annotations": annotations},
     }
     if not several:
         resource = WorkspaceResource(instance_type=size, label_selector=nodes)
@@ -122,28 +128,24 @@ def watch(resource: dict[str, Any]) -> str:
     return f"kubectl --namespace {NAMESPACE} wait --for={ready} {of} --timeout={START_SECONDS}s"
 
 
-def _from_clients() -> networking.v1.NetworkPolicyIngressRuleArgs:
-    """From namespaces that are labelled as clients: the only thing that asks who may ask, as KAITO knows no keys."""
-    clients = networking.v1.NetworkPolicyPeerArgs(
-        namespace_selector=meta.v1.LabelSelectorArgs(match_labels=CLIENT_LABEL)
-    )
-    return networking.v1.NetworkPolicyIngressRuleArgs(
-        from_=[clients], ports=[networking.v1.NetworkPolicyPortArgs(port=PORT, protocol="TCP")]
-    )
-
-
 @dataclass(frozen=True)
 class KaitoServingArgs:
-    """An environment whose `serving.runtime` is kaito, and of which `infra.kaito.refusals` has no word."""
+    """An environment whose `serving.runtime` is kaito, and of which `infra.kaito.refusals` has no word.
+
+    `router_namespace`: where the router is, whose pods are the only ones that may ask the replicas.
+    """
 
     env: Environment
+    router_namespace: pulumi.Input[str]
 
 
 class KaitoServing(pulumi.ComponentResource):
     """Namespace `drydock-kaito` with the resource that KAITO acts on; its pods, volumes and nodes are KAITO's."""
 
-    url: pulumi.Output[str]
-    """Base of the OpenAI API, without /v1."""
+    replicas: Replicas
+    """For the router."""
+    named: str
+    """KIND/NAME, as kubectl takes it."""
     watch: str
     """Command that waits until all replicas answer."""
 
@@ -153,9 +155,11 @@ class KaitoServing(pulumi.ComponentResource):
         # Not `restricted`: KAITO's pods run as root. GPUs for those that replace others meanwhile.
         gpus = 2 * env.serving.max_replicas
         place = Namespace(f"{name}-namespace", NamespaceArgs(NAMESPACE, "baseline", gpus), child).name
+        # The name is in Pulumi's names too: as a replacement, one that failed and is taken back would be made over the
+        # running one of the same name, which Pulumi would then delete as the one that was replaced.
         of = resource["metadata"]["name"]
         config = core.v1.ConfigMap(
-            f"{name}-config",
+            f"{name}-{of}-config",
             metadata=meta.v1.ObjectMetaArgs(name=of, namespace=place),
             data={CONFIG_FILE: inference_config(env)},
             immutable=True,
@@ -172,31 +176,53 @@ class KaitoServing(pulumi.ComponentResource):
             "kaito",
             place,
             labels={},
-            ingress=[_from_clients()],
+            ingress=[ingress_from(ROUTER_LABELS, PORT, namespace=SERVING)],
             egress=[egress_https()],  # the hub, the registry of the adapters
             resource_name=f"{name}-network",
             opts=child,
         )
+        # Beside the router's own policy and role, which stay: in a change of runtime pods of it lead to either.
+        network_policy(
+            "router-kaito",
+            args.router_namespace,
+            labels=ROUTER_LABELS,
+            egress=[egress_to({}, PORT, namespace=NAMESPACE)],
+            resource_name=f"{name}-router-network",
+            opts=child,
+        )
+        self._let_the_router_watch(name, args, place, child)
         # Not apiextensions.CustomResource, which knows `spec` alone: a Workspace has `resource` and `inference`.
         pulumi.CustomResource(
             f"kubernetes:{API_VERSION}:{resource['kind']}",
-            f"{name}-replicas",
+            f"{name}-{of}",
             resource,
-            pulumi.ResourceOptions(parent=self, depends_on=needed, version=pulumi_kubernetes._utilities.get_version()),
+            pulumi.ResourceOptions(
+                parent=self,
+                depends_on=needed,
+                version=pulumi_kubernetes._utilities.get_version(),
+                custom_timeouts=pulumi.CustomTimeouts(*[f"{START_SECONDS}s"] * 3),  # its end takes a node away
+            ),
         )
         label = SET_LABEL if resource["kind"] == "InferenceSet" else WORKSPACE_LABEL
-        core.v1.Service(
-            f"{name}-service",
-            metadata=meta.v1.ObjectMetaArgs(
-                name=SERVICE,
-                namespace=place,
-                annotations={"pulumi.com/skipAwait": "true"},  # its endpoints come with a GPU node: `watch` waits
-            ),
-            spec=core.v1.ServiceSpecArgs(
-                selector={label: of}, ports=[core.v1.ServicePortArgs(name="http", port=80, target_port=PORT)]
-            ),
+        self.replicas = Replicas({label: of}, place, PORT, HEALTH)
+        self.named = f"{resource['kind'].lower()}/{of}"
+        self.watch = watch(resource)
+        self.register_outputs({"watch": self.watch})
+
+    def _let_the_router_watch(
+        self, name: str, args: KaitoServingArgs, place: pulumi.Output[str], child: pulumi.ResourceOptions
+    ) -> None:
+        metadata = meta.v1.ObjectMetaArgs(name="router", namespace=place)
+        role = rbac.v1.Role(
+            f"{name}-router-role",
+            metadata=metadata,
+            rules=[rbac.v1.PolicyRuleArgs(api_groups=[""], resources=["pods"], verbs=["get", "list", "watch"])],
             opts=child,
         )
-        self.url = pulumi.Output.format("http://{0}.{1}.svc.cluster.local", SERVICE, place)
-        self.watch = watch(resource)
-        self.register_outputs({"url": self.url, "watch": self.watch})
+        rbac.v1.RoleBinding(
+            f"{name}-router-binding",
+            metadata=metadata,
+            role_ref=rbac.v1.RoleRefArgs(api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.name),
+            subjects=[rbac.v1.SubjectArgs(kind="ServiceAccount", name=ACCOUNT, namespace=args.router_namespace)],
+            opts=child,
+        )

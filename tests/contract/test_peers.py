@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+import localcloud.registry
 from artifacts.adapter import promoted_digest
 from artifacts.store import open_store
 from common.chat import answer, prompt_messages
 from common.files import read_json, read_jsonl, write_json
 from serving.evaluate import evaluate, open_run
 from tests.contract.conftest import BASE, ROOT, Replica
+from tests.contract.kaito import needs_images, pushed
 from training import tune as module
 from training.__main__ import main as training
 from training.base import ARCHITECTURES, load_tokenizer
@@ -37,14 +39,16 @@ TOKEN = "hf_a_secret_that_nobody_may_see"
 
 
 def tune_with_peft(folder: Path, rows: Path) -> Path:
-    """An adapter as anybody makes one with transformers and PEFT: padded batches, the loss over whole rows."""
+    """An adapter as anybody makes one with transformers and PEFT: padded batches, the loss over whole rows.
+
+    With what is odd in KAITO's: no task type, target modules as an expression, and a base at a path of its pod.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(q|v|o|up|down)_proj")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config).train()
     texts = [
         tokenizer.apply_chat_template(
@@ -64,17 +68,31 @@ def tune_with_peft(folder: Path, rows: Path) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
+    config_file = folder / "adapter_config.json"
+    written = json.loads(config_file.read_text()) | {"base_model_name_or_path": "/workspace/weights"}
+    assert isinstance(written["target_modules"], str) and written["modules_to_save"] is None
+    config_file.write_text(json.dumps(written))
     return folder
 
 
-def test_an_adapter_of_plain_peft_is_proven_by_vllm_and_promoted(work: Path, tmp_path: Path, replica: Replica) -> None:
+@needs_images
+def test_an_adapter_that_kaito_pushed_is_proven_by_vllm_and_promoted(
+    work: Path, tmp_path: Path, replica: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
     theirs, run, store = tmp_path / "theirs", tmp_path / "run", tmp_path / "store"
     tune_with_peft(theirs, work / "rows.jsonl")
     settings = {"adapter": "theirs", "base_model": str(BASE), "dataset": str(work / "rows.jsonl")}
     write_json(tmp_path / "spec.yaml", settings | {"held_out_fraction": 0.1, "max_seq_length": 256})
-    command = ["adopt", "--spec", str(tmp_path / "spec.yaml"), "--adapter", str(theirs), "--out", str(run)]
-    assert training(command) == 0
+    with localcloud.registry.serve(tmp_path / "registry") as host:
+        pushed(theirs, f"{host}/kaito/theirs:v1", tmp_path / "pusher", "phi-3-mini-4k-instruct")
+        command = ["adopt", "--spec", str(tmp_path / "spec.yaml"), "--adapter", f"oci://{host}/kaito/theirs:v1"]
+        assert training([*command, "--out", str(run)]) == 0
+    assert "its image says that it was tuned on phi-3-mini-4k-instruct; it will be measured on" in caplog.text
+    adopted = read_json(run / "tuning.json")["adopted"]
+    assert adopted["image"].startswith(f"{host}/kaito/theirs@sha256:")
+    assert not list(tmp_path.glob(".image-*"))
     opened = open_run(run)
+    assert opened.spec.lora_target_modules == ("down_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     with replica.inside() as engine:
         engine.load(opened.name, run / "adapter")
         try:
@@ -85,7 +103,7 @@ def test_an_adapter_of_plain_peft_is_proven_by_vllm_and_promoted(work: Path, tmp
     assert training(["publish", "--run", str(run), "--store", str(store)]) == 0
     assert promoted_digest(open_store(store), "theirs")
     readme = (run / "README.md").read_text()
-    assert "adopted here" in readme and result["verdict"] in readme
+    assert "adopted here" in readme and result["verdict"] in readme and adopted["image"] in readme
 
 
 # Ours to them, and what the command shows of itself.

@@ -102,7 +102,7 @@ class Kubernetes(Quiet):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path.partition("?")[0] + (" watch" if "watch=true" in self.path else " list"))
-        if not self.path.startswith("/api/v1/namespaces/drydock-serving/pods?"):
+        if not self.path.startswith(f"/api/v1/namespaces/{self.server.namespace}/pods?"):
             return self.answer(403, {"kind": "Status", "code": 403})
         if "watch=true" not in self.path:
             listed = {"apiVersion": "v1", "kind": "PodList", "metadata": {"resourceVersion": "1"}, "items": []}
@@ -127,11 +127,13 @@ class Cluster:
     kubernetes: Any
     number: int = 1
 
-    def pod(self, name: str, *, ready: bool, host: str = "127.0.0.1", app: str = "engine", gone: bool = False) -> None:
+    def pod(
+        self, name: str, *, ready: bool, host: str = "127.0.0.1", label: str = "app=engine", gone: bool = False
+    ) -> None:
         """Tell the router of a pod as it is now."""
         self.number += 1
-        metadata: dict[str, Any] = {"name": name, "namespace": "drydock-serving", "resourceVersion": str(self.number)}
-        metadata["labels"] = {"app": app}
+        metadata: dict[str, Any] = {"name": name, "namespace": self.kubernetes.namespace}
+        metadata |= {"resourceVersion": str(self.number), "labels": dict([label.split("=")])}
         if gone:
             metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
         conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
@@ -186,10 +188,13 @@ def running_router(folder: Path, *arguments: str, probe: str, **environment: str
         process.wait()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("router")
-    with serving(Worker, refused=0) as worker, serving(Kubernetes, asked=[], events=queue.Queue()) as kubernetes:
+@contextlib.contextmanager
+def running_cluster(
+    folder: Path, handler: type[Quiet], namespace: str, label: str, *more: str, **state: object
+) -> Iterator[Cluster]:
+    """The router before the pods of `namespace` with `label`, behind all of which is one `handler`."""
+    watched = {"asked": [], "events": queue.Queue(), "namespace": namespace}
+    with serving(handler, **state) as worker, serving(Kubernetes, **watched) as kubernetes:
         config = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -199,12 +204,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "users": [{"name": "me", "user": {"token": "x"}}],
         }
         (folder / "kubeconfig").write_text(json.dumps(config))
-        arguments = ["--selector", "app=engine", "--namespace", "drydock-serving"]
+        arguments = ["--selector", label, "--namespace", namespace, *more]
         arguments += ["--replica-port", str(worker.server_port)]
         config_path = str(folder / "kubeconfig")
         with running_router(folder, *arguments, probe="/liveness", KUBECONFIG=config_path) as (url, metrics_url):
             yield Cluster(url, metrics_url, worker, kubernetes)
         kubernetes.events.put(None)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("router")
+    with running_cluster(folder, Worker, "drydock-serving", "app=engine", refused=0) as cluster:
+        yield cluster
 
 
 def test_without_a_replica_a_request_is_counted_where_autoscaling_looks(cluster: Cluster) -> None:
@@ -230,7 +242,7 @@ def test_it_asks_kubernetes_to_list_and_watch_pods_of_the_namespace_and_nothing_
 
 def test_a_pod_gets_requests_while_it_is_ready(cluster: Cluster) -> None:
     url = f"http://127.0.0.1:{cluster.worker.server_port}"
-    cluster.pod("other", ready=True, app="something-else", host="127.0.0.2")
+    cluster.pod("other", ready=True, label="app=something-else", host="127.0.0.2")
     cluster.pod("a", ready=False)
     cluster.pod("a", ready=True)
     wait_until(lambda: cluster.replicas() == [url], SECONDS, "a ready pod")
@@ -240,6 +252,29 @@ def test_a_pod_gets_requests_while_it_is_ready(cluster: Cluster) -> None:
     wait_until(lambda: cluster.replicas() == [url], SECONDS, "a pod that is ready again")
     cluster.pod("a", ready=True, gone=True)  # what `kubectl delete pod` does first: it drains, ready as before
     wait_until(lambda: cluster.replicas() == [], SECONDS, "a pod that is being deleted")
+
+
+class Kaitos(Quiet):
+    """Stands for a replica of KAITO's: vLLM without our request layer, which asks for no key and has no /ready."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.server.asked.add(self.path)
+        known = self.path in ("/health", "/v1/chat/completions")
+        return self.answer(200 if known else 404, {"answered": self.path})
+
+    do_POST = do_GET
+
+
+def test_pods_that_kaito_makes_get_requests_by_their_own_health(tmp_path: Path) -> None:
+    label, health = "kaito.sh/workspace=engine-1a2b3c4d", ("--replica-health", "/health")
+    with running_cluster(tmp_path, Kaitos, "drydock-kaito", label, *health, asked=set()) as cluster:
+        cluster.pod("engine-1a2b3c4d-0", ready=True, label=label)
+        wait_until(lambda: len(cluster.replicas()) == 1, SECONDS, "a ready pod")
+        wait_until(lambda: "/health" in cluster.worker.asked, SECONDS, "its health")
+        reply = httpx.post(f"{cluster.url}/v1/chat/completions", json=CHAT, timeout=30)
+        assert (reply.status_code, reply.json()) == (200, {"answered": "/v1/chat/completions"})
+        assert cluster.worker.asked == {"/health", "/v1/chat/completions"}
 
 
 @pytest.fixture

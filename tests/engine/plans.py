@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from localcloud.cloud import Stack
@@ -20,6 +20,7 @@ class Plan:
 
     steps: list[dict[str, Any]]
     errors: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def changes(self) -> dict[str, set[str]]:
@@ -49,8 +50,10 @@ def preview(stack: Stack, *arguments: str) -> Plan:
     done = stack.pulumi("preview", "--json", "--show-replacement-steps", *arguments, check=False)
     assert done.stdout.lstrip().startswith("{"), f"{done.stdout}\n{done.stderr}"
     said = json.loads(done.stdout)
-    errors = [item["message"] for item in said.get("diagnostics") or [] if item["severity"] == "error"]
-    return Plan(said.get("steps") or [], errors)
+    told = said.get("diagnostics") or []
+    errors, warnings = ([each["message"] for each in told if each["severity"] == kind] for kind in ("error", "warning"))
+    # What is read (the stack's own outputs, by workloads/switching.py) is no resource of the stack.
+    return Plan([step for step in said.get("steps") or [] if step["op"] != "read"], errors, warnings)
 
 
 def last_update(stack: Stack) -> tuple[str, dict[str, int]]:

@@ -56,6 +56,7 @@ def test_every_pod_is_on_the_pool_meant_for_it_and_none_elsewhere(dev: Up) -> No
         "engine": {"a100"},
         "tune-kubectl": {"a100"},
         "nvidia-device-plugin": {"a100"},
+        "dcgm-exporter": {"a100"},
         "router": {"apps"},
         "mirror": {"apps"},
     }

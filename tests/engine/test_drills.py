@@ -16,7 +16,7 @@ from localcloud.control_plane import ControlPlane
 from localcloud.nodes import nodes_of, sync
 from localcloud.pods import wait_for
 from localcloud.tools import Tools
-from stress.cluster import Api, Cluster, ClusterError
+from stress.cluster import FAULTS, Api, Cluster, ClusterError
 from tests.engine.objects import container, deployment, job, namespace, pod_template
 from tests.stack.test_workloads_drills import made
 from tests.unit.test_stress_fake import fake_server, stress, write_dataset
@@ -34,7 +34,8 @@ def admin(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ad
         for place in (SERVING, TUNING):
             api.apply(namespace(place))
         for item in made().resources:
-            if item.type.rpartition(":")[2] in RIGHTS and "drills" in item.inputs["metadata"]["name"]:
+            name = item.inputs.get("metadata", {}).get("name", "")
+            if name == FAULTS or (item.type.rpartition(":")[2] in RIGHTS and "drills" in name):
                 api.apply(item.inputs)
         api.apply(deployment("engine", SERVING, 2, pod_template({"app": "engine"}, [container("engine")])))
         budget = {"maxUnavailable": 1, "selector": {"matchLabels": {"app": "engine"}}}
@@ -68,12 +69,16 @@ def all_ready(admin: Admin, count: int = 2) -> None:
 
 
 def allowed(account: Api, place: str) -> set[tuple[str, str]]:
-    """All that the server lets the account do in a namespace: (verb, resource)."""
+    """All that the server lets the account do in a namespace: (verb, resource), or (verb, resource/name)."""
     review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": place}}
     said = account.ask("POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", review)["status"]
     assert not said["incomplete"]
     return {
-        (verb, resource) for rule in said["resourceRules"] for verb in rule["verbs"] for resource in rule["resources"]
+        (verb, resource + name)
+        for rule in said["resourceRules"]
+        for verb in rule["verbs"]
+        for resource in rule["resources"]
+        for name in [f"/{name}" for name in rule.get("resourceNames", [])] or [""]
     }
 
 
@@ -85,7 +90,8 @@ def test_the_server_lets_it_do_what_is_declared_and_nothing_else(account: Api, a
 
     nodes = {("get", "nodes"), ("patch", "nodes")}
     assert not anyone & {("list", "pods"), *nodes}
-    assert own(SERVING) == nodes | {("list", "pods"), ("delete", "pods"), ("create", "pods/eviction")}
+    pods = {("list", "pods"), ("delete", "pods"), ("create", "pods/eviction")}
+    assert own(SERVING) == nodes | pods | {("patch", "configmaps/drill-faults")}
     assert own(TUNING) == nodes | {("list", "pods"), ("get", "pods/log"), ("create", "pods/eviction")}
     assert own("default") == own("kube-system") == nodes
 
@@ -115,6 +121,15 @@ def test_a_node_is_drained_and_takes_pods_again(admin: Admin, cluster: Cluster) 
     finally:
         cluster.uncordon(node)
     assert "unschedulable" not in admin.get(f"/api/v1/nodes/{node}")["spec"]
+
+
+def test_a_loss_of_the_registry_is_declared_and_taken_back(admin: Admin, cluster: Cluster) -> None:
+    path = f"/api/v1/namespaces/{SERVING}/configmaps/{FAULTS}"
+    at = cluster.lose_registry(90)
+    assert admin.get(path)["data"] == {"registry_unreachable_until": f"{at + 90:.0f}"}
+    cluster.find_registry()
+    assert not admin.get(path).get("data")
+    assert set(cluster.registry_unseen()) == set(cluster.names())
 
 
 def test_a_tuning_pod_is_evicted_and_its_log_may_be_read(admin: Admin, cluster: Cluster) -> None:
@@ -170,9 +185,18 @@ def test_pod_security_lets_the_jobs_pod_in(admin: Admin) -> None:
     assert [item["name"] for item in pod["spec"]["containers"][0]["volumeMounts"]][-1] == "token"
 
 
+PATCH = "application/merge-patch+json"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
+        ("PATCH", f"/api/v1/namespaces/{SERVING}/configmaps/kube-root-ca.crt", {"data": {"ca.crt": "mine"}}),
+        ("PATCH", f"/api/v1/namespaces/{TUNING}/configmaps/{FAULTS}", {}),
+        ("GET", f"/api/v1/namespaces/{SERVING}/configmaps/{FAULTS}", None),
+        ("DELETE", f"/api/v1/namespaces/{SERVING}/configmaps/{FAULTS}", {}),
+        ("POST", f"/api/v1/namespaces/{SERVING}/configmaps", {"metadata": {"name": FAULTS}}),
+        ("PATCH", f"/apis/networking.k8s.io/v1/namespaces/{SERVING}/networkpolicies/engine", {}),
         ("DELETE", f"/api/v1/namespaces/{TUNING}/pods/any", {}),
         ("GET", f"/api/v1/namespaces/{SERVING}/secrets", None),
         ("GET", f"/api/v1/namespaces/{SERVING}/pods/any/log", None),
@@ -189,5 +213,5 @@ def test_what_the_drills_do_not_need_is_forbidden(
     account: Api, method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     with pytest.raises(ClusterError) as refused:
-        account.ask(method, path, body)
+        account.ask(method, path, body, PATCH if method == "PATCH" else "application/json")
     assert refused.value.status == 403

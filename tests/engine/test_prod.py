@@ -116,8 +116,9 @@ def test_nothing_is_orphaned(prod: Stack, cloud: LocalCloud) -> None:
 
 def test_every_pod_is_on_the_pool_meant_for_it(prod: Stack, cloud: LocalCloud) -> None:
     found = placements(cloud)
-    assert found["engine"] == {"serve"} and found["router"] == {"apps"}
-    assert found["nvidia-device-plugin"] == {"serve", "tune"} == set(gpu_nodes(cloud).values())
+    assert found["engine"] == found["compile"] == {"serve"} and found["router"] == {"apps"}
+    for maker in ("nvidia-device-plugin", "dcgm-exporter"):
+        assert found[maker] == {"serve", "tune"} == set(gpu_nodes(cloud).values())
     assert {pool for maker, pools in found.items() if maker.startswith("tune-") for pool in pools} == {"tune"}
 
 

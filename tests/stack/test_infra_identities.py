@@ -34,7 +34,7 @@ def test_each_identity_has_these_roles_at_these_scopes_and_no_other(
 ) -> None:
     principals = {
         str(computed("x:UserAssignedIdentity", f"identities-{who}", {})["principalId"]): who
-        for who in ("tuning", "mirror", "serving", "stress", "keda")
+        for who in ("tuning", "mirror", "serving", "stress", "keda", "compiler")
     }
     assignments = [item for item in made[0].of(":RoleAssignment") if item.name.startswith("identities-")]
     table = sorted(
@@ -53,10 +53,13 @@ def test_each_identity_has_these_roles_at_these_scopes_and_no_other(
             ("tuning", ACR_PUSH, "registry-registry"),
             ("mirror", BLOB_DATA_CONTRIBUTOR, "storage-models"),
             ("serving", BLOB_DATA_READER, "storage-models"),
+            ("serving", BLOB_DATA_READER, "storage-compiled"),
             ("serving", ACR_PULL, "registry-registry"),
             ("stress", BLOB_DATA_READER, "storage-datasets"),
             ("stress", BLOB_DATA_CONTRIBUTOR, "storage-reports"),
             ("keda", MONITORING_DATA_READER, "metrics"),
+            ("compiler", BLOB_DATA_READER, "storage-models"),
+            ("compiler", BLOB_DATA_CONTRIBUTOR, "storage-compiled"),
         ]
     )
     assert {item.inputs["principalType"] for item in assignments} == {"ServicePrincipal"}
@@ -71,13 +74,23 @@ def test_each_service_account_is_one_identity(made: tuple[Recorder, dict[tuple[s
         "drydock-test-serving": "system:serviceaccount:drydock-serving:serving",
         "drydock-test-stress": "system:serviceaccount:drydock-serving:stress",
         "drydock-test-keda": "system:serviceaccount:kube-system:keda-operator",
+        "drydock-test-compiler": "system:serviceaccount:drydock-serving:compiler",
     }
     assert {item.inputs["issuer"] for item in credentials} == {ISSUER}
     assert all(item.inputs["audiences"] == ["api://AzureADTokenExchange"] for item in credentials)
 
 
+def test_what_replicas_run_is_written_by_one_identity_that_clients_cannot_reach(
+    made: tuple[Recorder, dict[tuple[str, str], Request]],
+) -> None:
+    """Compiled graphs are code: whoever could write there would be in every replica."""
+    there = [item for item in made[0].of(":RoleAssignment") if item.inputs["scope"].endswith("/storage-compiled")]
+    writers = [item.name for item in there if not item.inputs["roleDefinitionId"].endswith(BLOB_DATA_READER)]
+    assert writers == ["identities-compiler-writes-compiled-graphs"]
+
+
 def test_credentials_are_written_one_after_the_other(made: tuple[Recorder, dict[tuple[str, str], Request]]) -> None:
     chain = [request for (kind, _), request in made[1].items() if kind == "FederatedIdentityCredential"]
-    assert len(chain) == 5
+    assert len(chain) == 6
     for before, after in itertools.pairwise(chain):
         assert any(urn.endswith(f"::{before.name}") for urn in after.dependencies)

@@ -53,11 +53,15 @@ def test_what_was_deleted_or_overwritten_stays_for_a_while() -> None:
     assert service["containerDeleteRetentionPolicy"] == {"enabled": True, "days": 9.0}
 
 
-def test_old_checkpoints_and_old_versions_go_and_nothing_else() -> None:
+def test_what_comes_again_goes_when_it_is_old_and_nothing_else() -> None:
     rules = {rule["name"]: rule for rule in made()[0].one(":ManagementPolicy").inputs["policy"]["rules"]}
     assert {name: rule["definition"]["filters"]["prefixMatch"] for name, rule in rules.items()} == {
         "old-checkpoints": ["checkpoints/"],
-        "old-versions": ["datasets/", "models/", "checkpoints/", "reports/"],
+        "old-compiled": ["compiled/"],
+        "old-versions": ["datasets/", "models/", "checkpoints/", "reports/", "compiled/"],
+    }
+    assert rules["old-compiled"]["definition"]["actions"] == {
+        "baseBlob": {"delete": {"daysAfterModificationGreaterThan": 365.0}}
     }
     assert rules["old-checkpoints"]["definition"]["actions"] == {
         "baseBlob": {"delete": {"daysAfterModificationGreaterThan": 40.0}}
@@ -68,7 +72,7 @@ def test_old_checkpoints_and_old_versions_go_and_nothing_else() -> None:
     assert all(rule["enabled"] is True and rule["type"] == "Lifecycle" for rule in rules.values())
 
 
-def test_data_is_protected_and_checkpoints_may_go() -> None:
+def test_data_is_protected_and_what_comes_again_may_go() -> None:
     def protected(requests: dict[tuple[str, str], Request]) -> set[str]:
         return {name for (_, name), request in requests.items() if request.protect}
 

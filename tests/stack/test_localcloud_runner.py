@@ -275,6 +275,22 @@ def test_files_from_the_cluster_change_all_at_once(tmp_path: Path) -> None:
     assert len([path for path in place.iterdir() if path.is_dir() and not path.is_symlink()]) == 1  # the old is gone
 
 
+def test_an_optional_configmap_comes_and_goes_under_a_pod_that_runs(tmp_path: Path) -> None:
+    cluster = Cluster()
+    one = volumes(tmp_path, cluster, [0], {"name": "v", "configMap": {"name": "faults", "optional": True}})
+    one.prepare()
+    place = one.source("v")
+    seen = []
+    steps: list[dict[str, bytes] | None] = [None, {}, {"until": b"1"}, {"until": b"2"}, {}, {"until": b"3"}, None]
+    for entries in steps:
+        cluster.entries.pop("faults", None)
+        if entries is not None:
+            cluster.entries["faults"] = entries
+        one.refresh()
+        seen.append({path.name: path.read_bytes() for path in place.iterdir() if path.is_file()})
+    assert seen == [entries or {} for entries in steps]
+
+
 def test_a_token_is_renewed_before_it_ends(tmp_path: Path) -> None:
     clock = [0.0]
     source = {"serviceAccountToken": {"path": "token", "expirationSeconds": 1000, "audience": "azure"}}

@@ -83,18 +83,25 @@ def test_every_object_keeps_its_schema_and_the_policy(replicas: int, kind: str) 
         assert violations(item.type, item.inputs) == {}, name
     engine = one(by_kaito(replicas), kind)["metadata"]["name"]
     assert set(found) == {
-        f"{kind} {engine}", f"ConfigMap {engine}", "Secret huggingface", "Service drydock", "NetworkPolicy kaito",
-        "NetworkPolicy default-deny", "ResourceQuota quota",
+        f"{kind} {engine}", f"ConfigMap {engine}", "Secret huggingface", "Role router", "RoleBinding router",
+        "NetworkPolicy kaito", "NetworkPolicy default-deny", "ResourceQuota quota",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("replicas", "label"), [(1, "kaito.sh/workspace"), (2, "inferenceset.kaito.sh/created-by")])
-def test_the_service_finds_the_pods_that_kaito_makes(replicas: int, label: str) -> None:
+def test_the_router_finds_the_pods_that_kaito_makes(replicas: int, label: str) -> None:
     seen = by_kaito(replicas)
     kind = "Workspace" if replicas == 1 else "InferenceSet"
-    service = one(seen, "Service")["spec"]
-    assert service["selector"] == {label: one(seen, kind)["metadata"]["name"]}
-    assert [(port["port"], port["targetPort"]) for port in service["ports"]] == [(80, 5000)]
+    deployment = next(item for item in objects(seen) if item.name == "serving-router-deployment").inputs
+    (router,) = deployment["spec"]["template"]["spec"]["initContainers"]
+    given = dict(zip(router["command"][3::2], router["command"][4::2], strict=True))
+    assert given["--selector"] == f"{label}={one(seen, kind)['metadata']['name']}"
+    assert (given["--namespace"], given["--replica-port"], given["--replica-health"]) == (NAMESPACE, "5000", "/health")
+    account = deployment["spec"]["template"]["spec"]["serviceAccountName"]
+    assert one(seen, "RoleBinding")["subjects"] == [
+        {"kind": "ServiceAccount", "name": account, "namespace": "drydock-serving"}
+    ]
+    assert one(seen, "Role")["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
 
 
 def test_the_config_has_the_name_that_the_resource_refers_to() -> None:
@@ -110,10 +117,16 @@ def test_the_token_is_a_secret_under_kaitos_key() -> None:
     assert preset["presetOptions"] == {"modelAccessSecret": "huggingface"}
 
 
-def test_only_namespaces_of_clients_reach_a_replica() -> None:
+def test_only_the_router_reaches_a_replica_and_it_reaches_them() -> None:
     rules = next(item.inputs for name, item in inside(by_kaito()).items() if name == "NetworkPolicy kaito")["spec"]
     (ingress,) = rules["ingress"]
-    assert ingress["from"] == [{"namespaceSelector": {"matchLabels": {"drydock/client": "true"}}}]
+    of_serving = {"matchLabels": {"kubernetes.io/metadata.name": "drydock-serving"}}
+    assert ingress["from"] == [{"namespaceSelector": of_serving, "podSelector": {"matchLabels": {"app": "router"}}}]
+    out = next(item.inputs["spec"] for item in objects(by_kaito()) if item.inputs["metadata"]["name"] == "router-kaito")
+    assert out["podSelector"] == {"matchLabels": {"app": "router"}}
+    ((peer,), (port,)) = out["egress"][0]["to"], out["egress"][0]["ports"]
+    assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": NAMESPACE}}
+    assert port["port"] == 5000
     assert [port["port"] for port in ingress["ports"]] == [5000]
     assert [port["port"] for rule in rules["egress"] for port in rule["ports"]] == [443]
 
@@ -132,7 +145,9 @@ def test_all_else_of_the_stack_is_unchanged() -> None:
 
     ours, kaitos = rest(direct()), rest(by_kaito())
     gone = {name for _, name in ours.keys() - kaitos.keys()}
-    assert gone and all(name.startswith(("serving-engine", "serving-scaling", "serving-router")) for name in gone), gone
+    expected = ("serving-engine", "serving-scaling", "serving-compiled", "alerts-")
+    assert gone and all(name.startswith(expected) for name in gone), gone
     assert all(name.startswith("serving-kaito") for _, name in kaitos.keys() - ours.keys())
     changed = {key[1] for key in ours.keys() & kaitos.keys() if ours[key] != kaitos[key]}
-    assert changed == {"cluster", "alerts-1"}  # the add-on, and those of serving left out
+    # The add-on; alerts of serving left out; and where the router leads to: its Service is what it was.
+    assert {name for name in changed if not name.startswith("alerts-")} == {"cluster", "serving-router-deployment"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +15,9 @@ import httpx
 import pytest
 
 from common.processes import free_ports
+from common.settings import SettingsError
 from serving.client import Engine, EngineError
-from serving.engine import is_ok, vllm_command, vllm_environment, wait_until_ok
+from serving.engine import graph_arguments, is_ok, running, vllm_command, vllm_environment, wait_until_ok
 from serving.spec import ServingSpec
 
 
@@ -279,6 +282,39 @@ def test_waiting_ends_with_the_answer_the_end_of_the_process_or_the_time(server:
     timer.start()
     assert 0.05 < wait_until_ok(f"{url(server)}/health", timeout_seconds=30) < 20
     timer.join()
+
+
+def test_a_vllm_of_ones_own_is_there_as_long_as_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "health").touch()
+    port = free_ports(1)[0]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(tmp_path)]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, os.environ, url, timeout_seconds=60, output=tmp_path / "logs" / "log") as seconds:
+        assert is_ok(f"{url}/health") and 0 < seconds < 60
+    assert not is_ok(f"{url}/health")
+    assert "GET /health" in (tmp_path / "logs" / "log").read_text()
+
+
+def test_one_that_ends_before_it_answers_is_told_with_its_last_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", "print('no such model'); raise SystemExit(1)"]
+    for output in (tmp_path / "log", None):
+        with (
+            pytest.raises(SettingsError, match="vLLM did not start: the process ended") as told,
+            running(command, os.environ, "http://127.0.0.1:9", timeout_seconds=60, output=output),
+        ):
+            pass
+        assert ("no such model" in str(told.value)) is (output is not None)
+    assert "no such model" in capfd.readouterr().out, "shown, where no file takes it"
+
+
+def test_graphs_do_not_depend_on_where_the_engine_listens_or_on_its_request_layer() -> None:
+    given = graph_arguments(spec(max_num_seqs=7))
+    assert "--middleware" not in given and given[given.index("--max-num-seqs") + 1] == "7"
+    command = vllm_command(spec(max_num_seqs=7), host="0.0.0.0", port=8000, middleware=False)
+    assert command[7:] == given[4:], "all but host and port"
+    assert given != graph_arguments(spec(max_num_seqs=8))
 
 
 @pytest.mark.parametrize(("context", "given"), [(8192, "512"), (256, "256")])

@@ -193,6 +193,9 @@ TWO_KEYS = {"api_keys": '{"a": "k", "b": "l"}'}
         ("{run: 1, arrivals: poisson}", ONE_KEY, "stress: arrivals is poisson: requests_per_second is required"),
         ("{run: 1, slo: {goodput: {min_rps: 3}}}", ONE_KEY, "stress.slo.goodput: min_rps and min_share need to know"),
         ("{run: 1, wait_seconds: -1}", ONE_KEY, "stress.wait_seconds: should be greater than or equal to 0, found -1"),
+        ("{run: 1, users: 3, workers: 4}", ONE_KEY, "stress: workers is 4, but there are only 3 users to share"),
+        ("{run: 1, workers: 7}", ONE_KEY, "stress.workers: 7 workers and their master need a core each, and beside two routers the apps pool has 7 at most (cluster.apps_max_nodes = 3, Standard_D4ds_v5): raise cluster.apps_max_nodes to 4, or lower it"),
+        ("{run: 1, workers: 64}", ONE_KEY, "stress.workers: 64 workers and their master need a core each, and beside two routers the apps pool has 7 at most (cluster.apps_max_nodes = 3, Standard_D4ds_v5): take a larger cluster.apps_vm_size, or lower it"),
     ],
 )  # fmt: skip
 def test_a_stress_test_that_cannot_run_is_told(tmp_path: Path, stress: str, keys: dict[str, Any], told: str) -> None:
@@ -268,6 +271,7 @@ def test_the_stress_test_is_off_until_a_run_is_named() -> None:
     assert (stress.users, stress.ramp_seconds, stress.duration_seconds, stress.prompt_tokens) == (100, 60, 600, 800)
     assert environment(stress='{"prompt_tokens": 100000, "client": "nobody"}').stress.run is None
     assert environment(stress='{"run": 7}', **ONE_KEY).stress.run == "7"
+    assert environment(stress='{"run": 7, "workers": 6}', **ONE_KEY).stress_spec.workers == 6
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("common", "artifacts", "blobs", "training", "serving", "stress")
 # What is started in each image: `python -m` of these, and what vLLM imports by name (--middleware).
 STARTED = {
-    "training": ("training.__main__", "blobs.__main__"),
+    "training": ("training.__main__", "training.kaito", "blobs.__main__"),
     "serving": ("serving.__main__", "serving.middleware", "blobs.__main__", "training.publish"),
     "router": ("serving.router",),
     "stress": ("stress.__main__", "blobs.__main__"),

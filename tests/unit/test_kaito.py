@@ -67,6 +67,7 @@ REFUSED: list[tuple[str, CHANGES, CHANGES]] = [
     ("serving.min_replicas", {"min_replicas": 1, "max_replicas": 2}, {}),
     ("serving.min_replicas", {"min_replicas": 0, "max_replicas": 1}, {}),
     ("serving.queue_target", {"queue_target": 3}, {}),
+    ("serving.keep_compiled", {"keep_compiled": True}, {}),
     ("serving.stall_seconds", {"stall_seconds": 60}, {}),
     ("api_keys", {}, KEY),
     ("tiers.standard", {}, {"tiers": {"standard": {"n": 4}}}),
@@ -126,11 +127,6 @@ def test_settings_of_kaito_without_its_runtime_are_refused_and_direct_asks_nothi
 def test_images_are_named_by_digest() -> None:
     with pytest.raises(SettingsError, match=r"adapter_images"):
         environment({"kaito": {"adapter_images": {"domain-llama": "registry.example/domain-llama:latest"}}})
-
-
-def test_there_is_no_runtime_of_tuning_yet() -> None:
-    with pytest.raises(SettingsError, match=r"tuning\.runtime"):
-        environment(tuning={"pool": "a100", "runtime": "kaito"})
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -47,7 +47,13 @@ def test_a_request_body_takes_no_more_memory_than_asked_for() -> None:
 
 
 def test_a_replica_gets_requests_only_when_its_adapters_are_loaded() -> None:
-    assert flags()["--health-check-endpoint"] == ["/ready"]
+    assert (
+        flags()["--health-check-endpoint"]
+        == flags(Pods(["app=engine"], "n", 8000))["--health-check-endpoint"]
+        == ["/ready"]
+    )
+    others = Pods(["kaito.sh/workspace=engine-1"], "drydock-kaito", 5000, "/health")  # vLLM without our request layer
+    assert flags(others)["--health-check-endpoint"] == ["/health"]
 
 
 def test_a_dead_replica_is_noticed_and_a_returned_one_used_within_seconds() -> None:
