@@ -81,9 +81,10 @@ $(READY): requirements/machine.lock requirements/uv.lock
 	@touch $@
 
 # What the contract tests need beyond .venv: Debian's packages, where this machine lets us install them. docker-registry
-# is a real OCI registry; haproxy and dumb-init stand before the router; prometheus has promtool, which tries the alerts.
+# is a real OCI registry, from which KAITO fetches with skopeo; haproxy and dumb-init stand before the router; prometheus
+# has promtool, which tries the alerts.
 registry:
-	@missing=; for tool in docker-registry haproxy dumb-init prometheus; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@missing=; for tool in docker-registry haproxy dumb-init prometheus skopeo; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    { apt-get install -y -q $$missing || { apt-get update -q && apt-get install -y -q $$missing; }; } >/dev/null 2>&1; fi; \

@@ -41,7 +41,7 @@ if place.private:
 who = Identities("identities", IdentitiesArgs(place, cluster.oidc_issuer_url, registry, storage, eyes.workspace_id))
 images = Images("images", ImagesArgs(place, registry, ROOT, network.builds_subnet_id, env.serving.device))
 files = {name: ROOT / adapter.dataset for name, adapter in env.adapters.items()}
-data = Datasets("datasets", DatasetsArgs(place, storage, files))
+data = Datasets("datasets", DatasetsArgs(place, storage, files, env.adapters))
 
 platform = Platform("platform", PlatformArgs(place, env, cluster, pools, registry, who))
 tuning, serving, inside = platform.tuning, platform.serving, platform.inside
@@ -49,13 +49,15 @@ tuner, server = tuning.service_accounts, serving.service_accounts
 account, store = storage.name, pulumi.Output.format("oci://{0}/adapters", registry.login_server)
 mirrored = MirrorArgs(env.base, images.training, account, tuning.name, tuner["mirror"], env.huggingface_token)
 mirror = Mirror("mirror", mirrored, inside)
-jobs = Adapters("adapters", AdaptersArgs(env, mirror.address, data, images, store, account, tuning), inside).job_names
-fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpoint, who.keda.client_id)
-pool = Serving("serving", ServingArgs(env, *fed_by, serving.name, server["serving"]), inside)
+tuned_by = AdaptersArgs(env, place, who, mirror.address, data, images, store, account, tuning)
+jobs = Adapters("adapters", tuned_by, inside).job_names
+fed_by = (images.serving, images.router, mirror.address, store, eyes.query_endpoint, who.keda.client_id, account)
+served_by = ServingArgs(env, *fed_by, serving.name, server["serving"], server["compiler"])
+pool = Serving("serving", served_by, inside)
 loaded_by = (images.stress, data, account, serving.name)
 stress = StressTest("stress", StressTestArgs(env, *loaded_by, server["stress"]), inside) if env.stress.run else None
 broken = DrillsArgs(place, env, cluster, who, *loaded_by, tuning.name)
 drills = Drills("drills", broken, inside) if env.drills.run else None
 Watch("watch", WatchArgs(place, env, eyes.workspace_id), pulumi.ResourceOptions(depends_on=[pool]))
-parts = (cluster, registry, storage, images, pool.url, store, jobs, pool.watch, eyes, stress, drills)
+parts = (cluster, registry, storage, images, pool.url, store, jobs, pool.watch, pool.replicas, eyes, stress, drills)
 export(of_environment(env, place, *parts, tell(env, location)))

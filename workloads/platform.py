@@ -1,4 +1,4 @@
-"""What the cluster needs before anything runs in it: the way in, namespaces, GPU plugin, nodes to order, metrics."""
+"""What the cluster needs before anything runs in it: the way in, namespaces, GPUs, nodes to order, metrics."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from infra.pools import Pools
 from infra.registry import Registry
 from infra.settings import Environment
 from workloads.gpu import DevicePlugin, DevicePluginArgs
+from workloads.gpu_metrics import GpuMetrics, GpuMetricsArgs
 from workloads.lifetime import end_with
 from workloads.metrics import Metrics, MetricsArgs
 from workloads.namespaces import GPU, SERVING, TUNING, Namespace, NamespaceArgs
@@ -65,15 +66,21 @@ class Platform(pulumi.ComponentResource):
         self.serving = Namespace(
             "serving",
             # One more than there are: a replica on its way out still counts, and would keep the one that follows out.
+            # And one for the Job that compiles, as long as it waits for a GPU.
             NamespaceArgs(
-                SERVING, "restricted", gpus[env.serving.pool] + 1,
-                {"serving": identities.serving.client_id, "stress": identities.stress.client_id},
+                SERVING, "restricted", gpus[env.serving.pool] + 1 + env.compiles,
+                {
+                    "serving": identities.serving.client_id, "stress": identities.stress.client_id,
+                    "compiler": identities.compiler.client_id,
+                },
             ),
             child,
         )  # fmt: skip
         system = Namespace("gpu", NamespaceArgs(GPU, "privileged", 0), child)
         DevicePlugin("device-plugin", DevicePluginArgs(system.name, args.registry.cache_prefix, list(env.pools)), child)
+        if env.cluster.gpu_metrics:
+            GpuMetrics("gpu-metrics", GpuMetricsArgs(system.name, args.registry.cache_prefix, list(env.pools)), child)
         if env.cluster.provisioning == "automatic":
             NodeProvisioning("nodes", NodeProvisioningArgs(env.pools, env.cluster.zones, args.place.location), child)
-        Metrics("metrics", MetricsArgs((TUNING, SERVING)), child)
+        Metrics("metrics", MetricsArgs((TUNING, SERVING, GPU)), child)
         self.register_outputs({})

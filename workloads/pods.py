@@ -7,6 +7,8 @@ from pulumi_kubernetes import core, meta
 
 USER = 10001  # the user of the images (see the Dockerfiles)
 IDENTITY_LABEL = {"azure.workload.identity/use": "true"}  # the webhook of AKS adds token and variables to such pods
+TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount"  # where every client looks for it
+TOKEN_SECONDS = 3600
 
 
 def pod_security() -> core.v1.PodSecurityContextArgs:
@@ -38,8 +40,31 @@ def shared_memory(size: str) -> core.v1.VolumeArgs:
     return core.v1.VolumeArgs(name="shm", empty_dir=core.v1.EmptyDirVolumeSourceArgs(medium="Memory", size_limit=size))
 
 
-def config(name: str, config_map: pulumi.Input[str]) -> core.v1.VolumeArgs:
-    return core.v1.VolumeArgs(name=name, config_map=core.v1.ConfigMapVolumeSourceArgs(name=config_map))
+def config(name: str, config_map: pulumi.Input[str], *, optional: bool = False) -> core.v1.VolumeArgs:
+    """A ConfigMap's entries as files; `optional`: an empty folder as long as there is no such ConfigMap."""
+    source = core.v1.ConfigMapVolumeSourceArgs(name=config_map, optional=optional or None)
+    return core.v1.VolumeArgs(name=name, config_map=source)
+
+
+def api_token() -> core.v1.VolumeArgs:
+    """What `automountServiceAccountToken` would give to every container, for the one that mounts it at `TOKEN`."""
+    return core.v1.VolumeArgs(
+        name="token",
+        projected=core.v1.ProjectedVolumeSourceArgs(
+            sources=[
+                core.v1.VolumeProjectionArgs(
+                    service_account_token=core.v1.ServiceAccountTokenProjectionArgs(
+                        path="token", expiration_seconds=TOKEN_SECONDS
+                    )
+                ),
+                core.v1.VolumeProjectionArgs(
+                    config_map=core.v1.ConfigMapProjectionArgs(
+                        name="kube-root-ca.crt", items=[core.v1.KeyToPathArgs(key="ca.crt", path="ca.crt")]
+                    )
+                ),
+            ]
+        ),
+    )
 
 
 def mount(name: str, path: str, *, read_only: bool = False) -> core.v1.VolumeMountArgs:

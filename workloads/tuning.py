@@ -45,8 +45,8 @@ TEMPLATE_TOKENS = 64  # the chat template's, and the end of the turn
 _FIRST_ALONE = ("sh", "-c", f'test "${INDEX}" -ne 0 || exec "$@"', "first-alone")
 
 # What all containers of the pod may write to, on a read-only root.
-_SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
-_ENVIRONMENT = variables(
+SCRATCH = [mount("work", "/work"), mount("cache", "/cache"), mount("tmp", "/tmp")]
+ENVIRONMENT = variables(
     {
         "HOME": "/cache",
         "TMPDIR": "/tmp",
@@ -172,7 +172,7 @@ class TuningJob(pulumi.ComponentResource):
 
 def tuning_spec(adapter: str, settings: TuningSettings, base: Base, gradient_checkpointing: bool) -> TuningSpec:
     """The settings with the places that base and dataset have in the pod, and with what was decided for its GPUs."""
-    decided = {"adapter": adapter, "base_model": _base_folder(base), "dataset": DATASET}
+    decided = {"adapter": adapter, "base_model": base_folder(base), "dataset": DATASET}
     return TuningSpec(**settings.model_dump() | decided | {"gradient_checkpointing": gradient_checkpointing})
 
 
@@ -194,11 +194,12 @@ def job_name(spec: TuningSpec, *, dataset_digest: str, base: Base, code: str) ->
 
     `code` stands for the training code and its libraries.
     """
-    inputs = (_text(spec.result_settings()), dataset_digest, base.model, base.revision, code)
-    return _named(spec.adapter, inputs_hash(*inputs, length=HASH_LENGTH))
+    inputs = (as_text(spec.result_settings()), dataset_digest, base.model, base.revision, code)
+    return named(spec.adapter, inputs_hash(*inputs, length=HASH_LENGTH))
 
 
-def _named(adapter: str, mark: str) -> str:
+def named(adapter: str, mark: str) -> str:
+    """`tune-<adapter>-<mark>`, within the length that a Job's name may have."""
     room = NAME_LIMIT - len("tune--") - HASH_LENGTH
     return f"tune-{adapter[:room].rstrip('-')}-{mark}"
 
@@ -206,14 +207,16 @@ def _named(adapter: str, mark: str) -> str:
 def _config_name(spec: TuningSpec, evaluation: str) -> str:
     """Another one, and with it another pod, for what a running pod would have to know; see `TuningJob`."""
     known = spec.result_settings() | spec.model_dump(mode="json", include={"gate", "gradient_checkpointing"})
-    return _named(spec.adapter, inputs_hash(_text(known), evaluation, length=HASH_LENGTH))
+    return named(spec.adapter, inputs_hash(as_text(known), evaluation, length=HASH_LENGTH))
 
 
-def _text(settings: dict[str, Any]) -> str:
+def as_text(settings: dict[str, Any]) -> str:
+    """The same text for the same settings, for a hash."""
     return json.dumps(settings, sort_keys=True)
 
 
-def _base_folder(base: Base) -> str:
+def base_folder(base: Base) -> str:
+    """Where the base lies in the pod."""
     return f"/work/models/{base.folder}"
 
 
@@ -222,8 +225,8 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
     return job_pod(
         args.service_account,
         [
-            _on_gpu(
-                args,
+            on_gpu(
+                args.pool,
                 "evaluate",
                 args.serving_image,
                 [
@@ -249,22 +252,22 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
         subdomain=title if nodes > 1 else None,
         # One after the other, so that they share the GPUs and the weights on the disk.
         init_containers=[
-            _fetch(
-                args,
+            fetching(
+                args.training_image,
                 "fetch-base",
                 args.base_address,
-                _base_folder(args.base),
+                base_folder(args.base),
                 *("--wait-seconds", str(BASE_WAIT_SECONDS)),
             ),
-            _fetch(
-                args,
+            fetching(
+                args.training_image,
                 "fetch-dataset",
                 args.dataset_address,
                 DATASET,
                 *("--sha256", args.dataset_digest, "--wait-seconds", str(ROLE_WAIT_SECONDS)),
             ),
-            _on_gpu(
-                args,
+            on_gpu(
+                args.pool,
                 "tune",
                 args.training_image,
                 [
@@ -288,23 +291,24 @@ def _together(title: str, nodes: int) -> tuple[str, ...]:
     return ("--nodes", str(nodes), "--rendezvous", f"{title}-0.{title}:{RENDEZVOUS}", "--rejoin")
 
 
-def _fetch(
-    args: TuningJobArgs, name: str, source: pulumi.Input[str], target: str, *options: str
+def fetching(
+    image: pulumi.Input[str], name: str, source: pulumi.Input[str], target: str, *options: str
 ) -> core.v1.ContainerArgs:
+    """A container of the training `image` that fetches `source` (az://...) into the pod's folder."""
     return core.v1.ContainerArgs(
         name=name,
-        image=args.training_image,
+        image=image,
         command=["python", "-m", "blobs", "fetch", source, target, *options],
-        env=_ENVIRONMENT,
+        env=ENVIRONMENT,
         # The files lie in a volume, which counts against the disk of the whole pod: that of the containers below.
         resources=resources(cpu="1", cpu_limit="2", memory="2Gi", storage="1Gi"),
         security_context=container_security(),
-        volume_mounts=_SCRATCH,
+        volume_mounts=SCRATCH,
     )
 
 
-def _on_gpu(
-    args: TuningJobArgs,
+def on_gpu(
+    pool: GpuPool,
     name: str,
     image: pulumi.Input[str],
     command: list[pulumi.Input[str]],
@@ -312,14 +316,14 @@ def _on_gpu(
     ports: list[core.v1.ContainerPortArgs] | None = None,
 ) -> core.v1.ContainerArgs:
     """A container with the share of the node that `gpus` have; of those that run in turn, the pod asks for the most."""
-    share = gpu_share(args.pool, gpus)
+    share = gpu_share(pool, gpus)
     return core.v1.ContainerArgs(
         name=name,
         image=image,
         command=command,
-        env=_ENVIRONMENT,
+        env=ENVIRONMENT,
         ports=ports,
         resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=gpus),
         security_context=container_security(),
-        volume_mounts=[*_SCRATCH, mount("shm", "/dev/shm"), mount("specs", SPECS, read_only=True)],
+        volume_mounts=[*SCRATCH, mount("shm", "/dev/shm"), mount("specs", SPECS, read_only=True)],
     )
