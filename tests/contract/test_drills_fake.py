@@ -107,8 +107,9 @@ def test_long_prompts(tmp_path: Path, common: list[Any]) -> None:
     assert found["multiplier"] == 4
     assert found["prompt_tokens"]["normal"] == pytest.approx(100, abs=3)
     assert found["prompt_tokens"]["long"] == pytest.approx(400, rel=0.03)
-    for name in ("short_p95_ratio", "long_p95_ratio"):
-        assert 0.3 < found[name] < 3  # the fake takes no longer for a long prompt
+    p95 = {name: found[name]["ttft_ms"]["p95"] for name in ("baseline", "short", "long")}
+    for name in ("short", "long"):
+        assert found[f"{name}_p95_ratio"] == pytest.approx(p95[name] / p95["baseline"])
     assert found["long"]["requests"] / (found["long"]["requests"] + found["short"]["requests"]) == pytest.approx(
         0.4, abs=0.1
     )
