@@ -109,7 +109,7 @@ def test_long_prompts(tmp_path: Path, common: list[Any]) -> None:
     assert found["prompt_tokens"]["long"] == pytest.approx(400, rel=0.03)
     p95 = {name: found[name]["ttft_ms"]["p95"] for name in ("baseline", "short", "long")}
     for name in ("short", "long"):
-        assert found[f"{name}_p95_ratio"] == pytest.approx(p95[name] / p95["baseline"])
+        assert found[f"{name}_p95_ratio"] == pytest.approx(p95[name] / p95["baseline"], abs=0.01)  # rounded
     assert found["long"]["requests"] / (found["long"]["requests"] + found["short"]["requests"]) == pytest.approx(
         0.4, abs=0.1
     )
