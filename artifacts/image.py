@@ -108,7 +108,7 @@ def pull(url: str, target: Path) -> Pulled:
     left = MOST_BYTES
     for layer in layers:
         with tempfile.TemporaryFile(dir=target) as file:
-            store._fetch(repository, layer, file, "layer")
+            store.fetch_blob(repository, layer, file, "layer")
             file.seek(0)
             try:
                 left = _unpack(file, layer["mediaType"] != LAYER_TYPE, target, left)

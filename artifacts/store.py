@@ -186,7 +186,7 @@ class Store(ABC):
         if (size := manifest["config"]["size"]) > MANIFEST_LIMIT_BYTES:  # held in memory
             raise StoreError(f"{where} {digest}: a config of {size} bytes; the limit is {MANIFEST_LIMIT_BYTES}")
         config = io.BytesIO()
-        self._fetch(repository, manifest["config"], config, "config")
+        self.fetch_blob(repository, manifest["config"], config, "config")
         return Artifact(digest, manifest, config.getvalue())
 
     def pull(self, repository: str, reference: str, target: Path) -> Artifact:
@@ -211,7 +211,7 @@ class Store(ABC):
                 path = whole / title
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("w+b") as file:
-                    self._fetch(repository, layer, file, title)
+                    self.fetch_blob(repository, layer, file, title)
                     file.flush()
                     os.fsync(file.fileno())
             try:
@@ -220,7 +220,7 @@ class Store(ABC):
                 raise StoreError(f"{target}: another process made it meanwhile: {error}") from error
         return artifact
 
-    def _fetch(self, repository: str, descriptor: Mapping[str, Any], file: BinaryIO, what: str) -> None:
+    def fetch_blob(self, repository: str, descriptor: Mapping[str, Any], file: BinaryIO, what: str) -> None:
         """Download one blob into `file` and verify it."""
         digest, size = descriptor["digest"], descriptor["size"]
         if not _DIGEST.fullmatch(digest):  # it becomes a path and an address

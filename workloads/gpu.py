@@ -52,24 +52,9 @@ class DevicePlugin(pulumi.ComponentResource):
                 selector=meta.v1.LabelSelectorArgs(match_labels=labels),
                 template=core.v1.PodTemplateSpecArgs(
                     metadata=meta.v1.ObjectMetaArgs(labels=labels),
-                    spec=core.v1.PodSpecArgs(
-                        # As the manifest has it: the last to be evicted, since no GPU pod can start without it.
-                        priority_class_name="system-node-critical",
-                        # Root, but without any capability: the kubelet's folder is root's.
-                        security_context=core.v1.PodSecurityContextArgs(
-                            seccomp_profile=core.v1.SeccompProfileArgs(type="RuntimeDefault")
-                        ),
-                        automount_service_account_token=False,
-                        enable_service_links=False,
-                        affinity=on_pools(args.pools),
-                        tolerations=tolerations(GPU_TAINT, SPOT_TAINT),
-                        containers=[container],
-                        volumes=[
-                            core.v1.VolumeArgs(
-                                name="sockets",
-                                host_path=core.v1.HostPathVolumeSourceArgs(path=SOCKETS, type="Directory"),
-                            )
-                        ],
+                    # As the manifest has it: the last to be evicted, since no GPU pod can start without it.
+                    spec=node_pod(
+                        args.pools, container, [host_folder("sockets", SOCKETS)], priority="system-node-critical"
                     ),
                 ),
             ),
@@ -78,7 +63,34 @@ class DevicePlugin(pulumi.ComponentResource):
         self.register_outputs({})
 
 
-def on_pools(pools: Sequence[str]) -> core.v1.AffinityArgs:
+def node_pod(
+    pools: Sequence[str],
+    container: core.v1.ContainerArgs,
+    volumes: list[core.v1.VolumeArgs],
+    *,
+    priority: str | None = None,
+) -> core.v1.PodSpecArgs:
+    """The pod of a DaemonSet on the nodes of `pools`: root, as the kubelet's folders are root's, and nothing more."""
+    return core.v1.PodSpecArgs(
+        priority_class_name=priority,
+        security_context=core.v1.PodSecurityContextArgs(
+            seccomp_profile=core.v1.SeccompProfileArgs(type="RuntimeDefault")
+        ),
+        automount_service_account_token=False,
+        enable_service_links=False,
+        affinity=_on_pools(pools),
+        tolerations=tolerations(GPU_TAINT, SPOT_TAINT),
+        containers=[container],
+        volumes=volumes,
+    )
+
+
+def host_folder(name: str, path: str) -> core.v1.VolumeArgs:
+    """A folder of the node, which must be there."""
+    return core.v1.VolumeArgs(name=name, host_path=core.v1.HostPathVolumeSourceArgs(path=path, type="Directory"))
+
+
+def _on_pools(pools: Sequence[str]) -> core.v1.AffinityArgs:
     """A node selector takes one value of a label; an affinity takes any of several."""
     ours = core.v1.NodeSelectorRequirementArgs(key=POOL_LABEL, operator="In", values=list(pools))
     return core.v1.AffinityArgs(

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import pulumi
 from pulumi_kubernetes import apps, core, meta
 
-from infra.pools import GPU_TAINT, SPOT_TAINT
-from workloads.gpu import on_pools
+from workloads.gpu import host_folder, node_pod
 from workloads.metrics import GPU_PORT
-from workloads.placement import tolerations
 from workloads.pods import config, container_security, http_probe, mount, resources, scratch
 from workloads.policies import ingress_scrape, network_policy
 
@@ -130,20 +128,11 @@ class GpuMetrics(pulumi.ComponentResource):
                 template=core.v1.PodTemplateSpecArgs(
                     metadata=meta.v1.ObjectMetaArgs(labels=labels),
                     # Of no priority, unlike the device plugin: no replica may go to make room for a measurement.
-                    spec=core.v1.PodSpecArgs(
-                        security_context=core.v1.PodSecurityContextArgs(
-                            seccomp_profile=core.v1.SeccompProfileArgs(type="RuntimeDefault")
-                        ),
-                        automount_service_account_token=False,
-                        enable_service_links=False,
-                        affinity=on_pools(args.pools),
-                        tolerations=tolerations(GPU_TAINT, SPOT_TAINT),
-                        containers=[container],
-                        volumes=[
-                            core.v1.VolumeArgs(
-                                name="pod-resources",
-                                host_path=core.v1.HostPathVolumeSourceArgs(path=POD_RESOURCES, type="Directory"),
-                            ),
+                    spec=node_pod(
+                        args.pools,
+                        container,
+                        [
+                            host_folder("pod-resources", POD_RESOURCES),
                             config("counters", listed.metadata.apply(lambda made: str(made.name))),
                             scratch("scratch"),
                         ],
