@@ -10,7 +10,7 @@ from typing import Any
 import pulumi
 import pulumi_kubernetes
 import yaml
-from pulumi_kubernetes import core, meta, rbac
+from pulumi_kubernetes import core, meta
 
 from common.lora import vllm_lora_rank
 from infra.kaito import preset
@@ -36,7 +36,7 @@ from infra.settings import Environment
 from workloads.engine import ROUTER_LABELS
 from workloads.namespaces import SERVING, Namespace, NamespaceArgs
 from workloads.policies import egress_https, egress_to, ingress_from, network_policy
-from workloads.router import ACCOUNT, Replicas
+from workloads.router import ACCOUNT, Replicas, watch_pods
 
 NAMESPACE = "drydock-kaito"
 NODE_LABEL = "drydock/kaito"
@@ -190,7 +190,7 @@ class KaitoServing(pulumi.ComponentResource):
             resource_name=f"{name}-router-network",
             opts=child,
         )
-        self._let_the_router_watch(name, args, place, child)
+        watch_pods(f"{name}-router", place, ACCOUNT, args.router_namespace, child)
         # Not apiextensions.CustomResource, which knows `spec` alone: a Workspace has `resource` and `inference`.
         pulumi.CustomResource(
             f"kubernetes:{API_VERSION}:{resource['kind']}",
@@ -208,21 +208,3 @@ class KaitoServing(pulumi.ComponentResource):
         self.named = f"{resource['kind'].lower()}/{of}"
         self.watch = watch(resource)
         self.register_outputs({"watch": self.watch})
-
-    def _let_the_router_watch(
-        self, name: str, args: KaitoServingArgs, place: pulumi.Output[str], child: pulumi.ResourceOptions
-    ) -> None:
-        metadata = meta.v1.ObjectMetaArgs(name="router", namespace=place)
-        role = rbac.v1.Role(
-            f"{name}-router-role",
-            metadata=metadata,
-            rules=[rbac.v1.PolicyRuleArgs(api_groups=[""], resources=["pods"], verbs=["get", "list", "watch"])],
-            opts=child,
-        )
-        rbac.v1.RoleBinding(
-            f"{name}-router-binding",
-            metadata=metadata,
-            role_ref=rbac.v1.RoleRefArgs(api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.name),
-            subjects=[rbac.v1.SubjectArgs(kind="ServiceAccount", name=ACCOUNT, namespace=args.router_namespace)],
-            opts=child,
-        )

@@ -146,27 +146,33 @@ class Router(pulumi.ComponentResource):
         account = core.v1.ServiceAccount(
             f"{name}-account", metadata=metadata, automount_service_account_token=True, opts=child
         )
-        role = rbac.v1.Role(
-            f"{name}-role",
-            metadata=metadata,
-            rules=[rbac.v1.PolicyRuleArgs(api_groups=[""], resources=["pods"], verbs=["get", "list", "watch"])],
-            opts=child,
-        )
-        rbac.v1.RoleBinding(
-            f"{name}-binding",
-            metadata=metadata,
-            role_ref=rbac.v1.RoleRefArgs(api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.name),
-            subjects=[
-                rbac.v1.SubjectArgs(
-                    kind="ServiceAccount",
-                    name=account.metadata.name,
-                    namespace=args.namespace,
-                )
-            ],
-            opts=child,
-        )
+        watch_pods(name, args.namespace, account.metadata.name, args.namespace, child)
         name_made: pulumi.Output[str] = account.metadata.apply(lambda made: str(made.name))
         return name_made
+
+
+def watch_pods(
+    name: str,
+    namespace: pulumi.Input[str],
+    account: pulumi.Input[str],
+    account_namespace: pulumi.Input[str],
+    opts: pulumi.ResourceOptions,
+) -> None:
+    """Let the router's account, of `account_namespace`, see which pods there are in `namespace`."""
+    metadata = meta.v1.ObjectMetaArgs(name=ACCOUNT, namespace=namespace)
+    role = rbac.v1.Role(
+        f"{name}-role",
+        metadata=metadata,
+        rules=[rbac.v1.PolicyRuleArgs(api_groups=[""], resources=["pods"], verbs=["get", "list", "watch"])],
+        opts=opts,
+    )
+    rbac.v1.RoleBinding(
+        f"{name}-binding",
+        metadata=metadata,
+        role_ref=rbac.v1.RoleRefArgs(api_group="rbac.authorization.k8s.io", kind="Role", name=role.metadata.name),
+        subjects=[rbac.v1.SubjectArgs(kind="ServiceAccount", name=account, namespace=account_namespace)],
+        opts=opts,
+    )
 
 
 def inside_url(namespace: pulumi.Input[str]) -> pulumi.Output[str]:
