@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from localcloud.api import Api
 from localcloud.cloud import LocalCloud, Stack
 from localcloud.tools import Tools, ToolsMissing, locate
 from tests.engine.plans import Plan, preview
@@ -32,6 +33,22 @@ class Up:
     stack: Stack
     first: Plan  # of the preview before anything was there
     said: str  # all that `pulumi up` printed
+
+
+@pytest.fixture(scope="module")
+def cloud(
+    tools: Tools, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalCloud]:
+    """A subscription of the file's own. Its Jobs' pods run until a test ends them."""
+    folder = tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2])
+    with LocalCloud(folder, complete_jobs=False) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def api(cloud: LocalCloud) -> Iterator[Api]:
+    with cloud.control_plane.client() as api:
+        yield api
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from localcloud.cloud import Stack
+from localcloud.cloud import LocalCloud, Stack
 
+SETTINGS = "Pulumi.dev.yaml"
 QUIET = ("same", "read", "refresh")
 REPLACED = {"replace", "create-replacement", "delete-replaced"}
 
@@ -44,6 +45,16 @@ class Plan:
 def resource(urn: str) -> str:
     kind, name = urn.split("::")[-2:]
     return f"{kind.rpartition('$')[2].rpartition(':')[2]} {name}"
+
+
+def brought_up(cloud: LocalCloud, change: Callable[[str], str]) -> Stack:
+    """The dev environment with its settings so changed, up."""
+    stack = cloud.stack("dev")
+    path = stack.folder / SETTINGS
+    path.write_text(change(path.read_text()))
+    done = stack.pulumi("up", "--yes", "--skip-preview", "--policy-pack", "policy", check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return stack
 
 
 def preview(stack: Stack, *arguments: str) -> Plan:

@@ -13,8 +13,7 @@ import yaml
 from localcloud.api import Api, ApiError
 from localcloud.cloud import LocalCloud, Stack
 from localcloud.pods import wait_for
-from localcloud.tools import Tools
-from tests.engine.plans import edited, last_update, preview, written
+from tests.engine.plans import SETTINGS, brought_up, edited, last_update, preview, written
 from tests.unit.kaito_crds import SCHEMAS, definition
 from tests.unit.test_kaito import environment
 from workloads.kaito import NAMESPACE, manifest
@@ -22,7 +21,6 @@ from workloads.namespaces import SERVING
 
 pytestmark = pytest.mark.timeout(900)
 
-SETTINGS = "Pulumi.dev.yaml"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 DEPLOYMENTS = f"/apis/apps/v1/namespaces/{SERVING}/deployments"
 ROUTER = f"{DEPLOYMENTS}/router"
@@ -33,19 +31,12 @@ IMAGE = "registry.example/kubectl@sha256:" + "a" * 64
 
 
 @pytest.fixture(scope="module")
-def cloud(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
-    with LocalCloud(tmp_path_factory.mktemp("kaito"), complete_jobs=False) as cloud:
-        yield cloud
-
-
-@pytest.fixture(scope="module")
-def api(cloud: LocalCloud) -> Iterator[Api]:
-    with cloud.control_plane.client() as api:
-        for kind in SCHEMAS:
-            item = definition(kind)
-            api.apply(item)
-            wait_for(api, f"{DEFINITIONS}/{item['metadata']['name']}", structural)
-        yield api
+def definitions(api: Api) -> None:
+    """KAITO's own kinds."""
+    for kind in SCHEMAS:
+        item = definition(kind)
+        api.apply(item)
+        wait_for(api, f"{DEFINITIONS}/{item['metadata']['name']}", structural)
 
 
 def structural(found: dict[str, Any]) -> bool:
@@ -54,15 +45,9 @@ def structural(found: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def stack(cloud: LocalCloud, api: Api) -> Stack:
+def stack(cloud: LocalCloud, definitions: None) -> Stack:
     """The dev environment with one replica by KAITO, up."""
-    stack = cloud.stack("dev")
-    stack.pulumi("config", "rm", "--path", "drydock:api_keys.local")
-    path = stack.folder / SETTINGS
-    path.write_text(served(path.read_text()))
-    done = stack.pulumi("up", "--yes", "--skip-preview", "--policy-pack", "policy", check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return stack
+    return brought_up(cloud, served)
 
 
 def served(text: str, **changes: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from common.sigterm import Sigterm
 from localcloud.api import Api, ApiError
 from localcloud.cloud import LocalCloud, Stack
 from localcloud.pods import wait_for
-from localcloud.tools import Tools
 from tests.engine.objects import job, pod_template
-from tests.engine.plans import preview, written
-from tests.engine.test_kaito import DEFINITIONS, SETTINGS, structural
+from tests.engine.plans import SETTINGS, brought_up, preview, written
+from tests.engine.test_kaito import DEFINITIONS, structural
 from tests.stack.test_workloads_kaito_tuning import settings
 from tests.unit.kaito_crds import definition
 from training.kaito import Conductor
@@ -40,26 +39,9 @@ JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 
 
 @pytest.fixture(scope="module")
-def cloud(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
-    with LocalCloud(tmp_path_factory.mktemp("kaito-tuning"), complete_jobs=False) as cloud:
-        yield cloud
-
-
-@pytest.fixture(scope="module")
-def api(cloud: LocalCloud) -> Iterator[Api]:
-    with cloud.control_plane.client() as api:
-        yield api
-
-
-@pytest.fixture(scope="module")
 def stack(cloud: LocalCloud, api: Api) -> Stack:
     """The dev environment with tuning by KAITO, up; its CRD is not there yet, as where the add-on was just switched on."""
-    stack = cloud.stack("dev")
-    path = stack.folder / SETTINGS
-    path.write_text(tuned(path.read_text()))
-    done = stack.pulumi("up", "--yes", "--skip-preview", "--policy-pack", "policy", check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return stack
+    return brought_up(cloud, tuned)
 
 
 def tuned(text: str, **gate: Any) -> str:

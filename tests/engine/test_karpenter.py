@@ -5,7 +5,6 @@ Karpenter itself is not run: what it would act on is read back, and held against
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,37 +13,18 @@ import yaml
 from infra.catalog import sku
 from localcloud.api import Api, ApiError
 from localcloud.cloud import LocalCloud, Stack
-from localcloud.tools import Tools
-from tests.engine.plans import preview, written
+from tests.engine.plans import SETTINGS, brought_up, preview, written
 
 pytestmark = pytest.mark.timeout(900)
 
-SETTINGS = "Pulumi.dev.yaml"
 FIRST, SECOND = "Standard_NC24ads_A100_v4", "Standard_NC40ads_H100_v5"
 POOLS, CLASSES = "/apis/karpenter.sh/v1/nodepools", "/apis/karpenter.azure.com/v1beta1/aksnodeclasses"
 
 
 @pytest.fixture(scope="module")
-def cloud(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
-    with LocalCloud(tmp_path_factory.mktemp("karpenter"), complete_jobs=False) as cloud:
-        yield cloud
-
-
-@pytest.fixture(scope="module")
-def api(cloud: LocalCloud) -> Iterator[Api]:
-    with cloud.control_plane.client() as api:
-        yield api
-
-
-@pytest.fixture(scope="module")
 def stack(cloud: LocalCloud) -> Stack:
     """The dev environment with Karpenter, and a size to fall back on, up."""
-    stack = cloud.stack("dev")
-    path = stack.folder / SETTINGS
-    path.write_text(provisioned(path.read_text(), FIRST, SECOND))
-    done = stack.pulumi("up", "--yes", "--skip-preview", "--policy-pack", "policy", check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return stack
+    return brought_up(cloud, lambda text: provisioned(text, FIRST, SECOND))
 
 
 def provisioned(text: str, *sizes: str) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from localcloud.api import Api, ApiError
-from localcloud.control_plane import ControlPlane
-from localcloud.nodes import nodes_of, sync
 from localcloud.pods import evict, finish, wait_for
 from localcloud.tools import Tools
-from tests.engine.objects import container, deployment, job, namespace, pod_template
+from tests.engine.clusters import cluster
+from tests.engine.objects import container, deployment, job, pod_template
 
 PLACE = "team"
 JOBS = f"/apis/batch/v1/namespaces/{PLACE}/jobs"
@@ -28,10 +27,8 @@ AGAIN_SECONDS = 40  # the Job controller waits 10 s before it makes another pod 
 
 @pytest.fixture(scope="module")
 def api(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with ControlPlane(tmp_path_factory.mktemp("plane"), tools, complete_jobs=False) as plane, plane.client() as api:
-        pool = {"agentPoolName": "apps", "vmSize": "Standard_D4ds_v5", "count": 1}
-        sync(api, "pool", nodes_of(pool, cluster="test-aks", location="westeurope"))
-        api.apply(namespace(PLACE))
+    pool = {"agentPoolName": "apps", "vmSize": "Standard_D4ds_v5", "count": 1}
+    with cluster(tools, tmp_path_factory.mktemp("plane"), pool, PLACE) as api:
         yield api
 
 

@@ -9,11 +9,9 @@ import pytest
 
 from common import exits
 from localcloud.api import Api
-from localcloud.control_plane import ControlPlane
-from localcloud.nodes import nodes_of, sync
 from localcloud.pods import evict, finish, wait_for
 from localcloud.tools import Tools
-from tests.engine.objects import namespace
+from tests.engine.clusters import cluster
 from tests.engine.test_tuning_nodes import ended
 from tests.stack.test_workloads_stress import deployed, environment, objects
 
@@ -26,19 +24,12 @@ POOL = {
     "maxCount": 3,
     "nodeLabels": {"drydock/pool": "apps"},
 }
-POOL_ID = "/subscriptions/1/resourceGroups/g/providers/Microsoft.ContainerService/managedClusters/c/agentPools/apps"
 
 
 @pytest.fixture(scope="module")
 def api(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """A cluster with two nodes, whose pods run until a test ends them."""
-    with (
-        ControlPlane(tmp_path_factory.mktemp("plane"), tools, complete_jobs=False) as plane,
-        plane.client() as api,
-    ):
-        sync(api, POOL_ID, nodes_of(POOL, cluster="test-aks", location="westeurope"))
-        api.apply(namespace(PLACE))
-        api.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "stress", "namespace": PLACE}})
+    with cluster(tools, tmp_path_factory.mktemp("plane"), POOL, PLACE, "stress") as api:
         yield api
 
 

@@ -10,11 +10,9 @@ import pytest
 from common import exits
 from infra.settings import GpuPool, Tuning
 from localcloud.api import Api
-from localcloud.control_plane import ControlPlane
-from localcloud.nodes import nodes_of, sync
 from localcloud.pods import evict, finish, wait_for
 from localcloud.tools import Tools
-from tests.engine.objects import namespace
+from tests.engine.clusters import cluster
 from tests.stack.test_workloads_tuning import deployed
 
 PLACE = "drydock-tuning"
@@ -27,19 +25,12 @@ POOL = {
     "nodeLabels": {"drydock/pool": "a100"},
     "nodeTaints": ["sku=gpu:NoSchedule"],
 }
-POOL_ID = "/subscriptions/1/resourceGroups/g/providers/Microsoft.ContainerService/managedClusters/c/agentPools/a100"
 
 
 @pytest.fixture(scope="module")
 def api(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """A cluster with two nodes of two GPUs, whose pods run until a test ends them."""
-    with (
-        ControlPlane(tmp_path_factory.mktemp("plane"), tools, complete_jobs=False) as plane,
-        plane.client() as api,
-    ):
-        sync(api, POOL_ID, nodes_of(POOL, cluster="test-aks", location="westeurope"))
-        api.apply(namespace(PLACE))
-        api.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "tuning", "namespace": PLACE}})
+    with cluster(tools, tmp_path_factory.mktemp("plane"), POOL, PLACE, "tuning") as api:
         yield api
 
 
