@@ -150,7 +150,7 @@ $(BENCH)/.installed: benches/requirements.lock $(READY)
 bench-tuning: $(BENCH)/.installed  ## tokens/s of our trainer and of TRL on this machine, alone on it for some 15 minutes
 	$(BENCH)/bin/python -m benches.tuning --out $(OUT)
 
-bench-serving: setup  ## our replica against vLLM alone on this machine, alone on it for some 15 minutes (COMPILE=1: torch.compile)
+bench-serving: setup  ## our replica against vLLM alone on this machine, alone on it for some 25 minutes (COMPILE=1: torch.compile)
 	@$(BIN)/python -m benches.serving --out $(OUT) $(if $(COMPILE),--compile)
 
 MINUTES ?= 60

@@ -57,6 +57,7 @@ SCALARS: dict[str, type] = {
     "long_share": float,
     "long_multiplier": int,
     "max_tokens": int,
+    "ignore_eos": bool,
     "stream_share": float,
     "think_seconds": float,
     "failure_pause_seconds": float,
@@ -83,10 +84,12 @@ def _common(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind in SCALARS.items():
         field = LoadSpec.model_fields[name]
+        option = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            load.add_argument(option, action="store_const", const=True, help=field.description)
+            continue
         shown = "" if field.default is None else f" [{field.default}]"
-        load.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=f"{field.description}{shown}"
-        )
+        load.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=f"{field.description}{shown}")
 
 
 def _weights(items: Sequence[str]) -> dict[str, Any] | list[str]:

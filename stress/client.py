@@ -237,6 +237,7 @@ def ask(
     *,
     stream: bool,
     max_tokens: int,
+    ignore_eos: bool = False,
     timeout_seconds: float,
     prompt: str = "normal",
     client: str | None = None,
@@ -251,6 +252,8 @@ def ask(
     omission").
     """
     body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": stream}
+    if ignore_eos:
+        body["ignore_eos"] = True
     if stream:
         body["stream_options"] = {"include_usage": True}
     headers = {

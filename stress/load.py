@@ -196,6 +196,7 @@ class Sender:
             self.source.messages(number, spec.prompt_tokens * (spec.long_multiplier if long else 1)),
             stream=stream,
             max_tokens=spec.max_tokens,
+            ignore_eos=spec.ignore_eos,
             timeout_seconds=spec.request_timeout_seconds,
             prompt="long" if long else "normal",
             client=client,

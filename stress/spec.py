@@ -151,6 +151,11 @@ class LoadSettings(Settings):
     long_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt is long_multiplier longer")
     long_multiplier: int = Field(4, ge=2, le=64, description="how many times longer a long prompt is")
     max_tokens: int = Field(64, ge=1, le=100_000, description="limit of each answer, in tokens")
+    ignore_eos: bool = Field(
+        False,
+        description="answers of exactly max_tokens, whatever the model would say, as `vllm bench serve --ignore-eos`: "
+        "for figures that are compared; servers other than vLLM may refuse it",
+    )
     stream_share: float = Field(1.0, ge=0, le=1, description="share of users that stream; the others wait for all")
     think_seconds: float = Field(0.0, ge=0, le=3600, description="closed: pause of a user between two requests")
     failure_pause_seconds: float = Field(

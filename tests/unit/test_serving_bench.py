@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 
 from benches.replica import spec_of
-from benches.serving import added, agreement, compiling, layer
+from benches.serving import agreement, compiling, layer, of_blocks
 from serving.engine import vllm_command
 
 
-def test_the_added_latency_is_that_of_pairs_with_its_uncertainty() -> None:
+def test_what_is_said_of_blocks_is_as_uncertain_as_blocks_are_few() -> None:
     rng = random.Random(5)
-    bare = [rng.gauss(20 + 40 * (number > 200), 2) for number in range(300)]  # the last third: the machine was busy
-    ours = [each + rng.gauss(1, 1) for each in bare[:290]] + [500.0] * 10  # a few that somebody else held up
-    seen = added(ours, bare)
-    assert 0.8 < seen["low"] < seen["value"] < seen["high"] < 1.3  # of 1 ms; the mean would be 16
-    same = added(bare, bare)
-    assert (same["low"], same["value"], same["high"]) == (0, 0, 0)
+    blocks = [[rng.gauss(1, 1) for _ in range(50)] for _ in range(6)]
+    blocks[3][:5] = [500.0] * 5  # a few that somebody else held up
+    seen = of_blocks(blocks)
+    assert 0.7 < seen["low"] < 1 < seen["high"] < 1.3 and seen["low"] < seen["value"] < seen["high"]  # the mean is 9
+    biased = [[value + place for value in block] for block, place in zip(blocks, (-2, 2, -2, 2, -2, 2), strict=True)]
+    apart = of_blocks(biased)
+    assert apart["high"] - apart["low"] > 5 * (seen["high"] - seen["low"]), "each start has a bias of its own"
+    assert of_blocks([[0.98, 0.98], [0.98]]) == {"value": 0.98, "low": 0.98, "high": 0.98}
 
 
 def test_two_clients_agree_only_if_their_worst_figure_does() -> None:
