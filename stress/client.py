@@ -247,6 +247,8 @@ def ask(
     """Send one chat completion to `target` (the server's root or its /v1) and return its record; never raises for
     what the server or network does. `key`, or else `DRYDOCK_API_KEY`, if set, is sent as the bearer token.
 
+    `ignore_eos` makes the answer as long as `max_tokens`; only vLLM knows it.
+
     `due` (`time.perf_counter()`, not after now): all times but the timeout count from then. A request that had to wait
     here has kept its person waiting as well; counted from sending, the waiting would be left out ("coordinated
     omission").

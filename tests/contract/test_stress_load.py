@@ -26,11 +26,12 @@ from tests.unit.test_stress_fake import ROOT, fake_server, stress, write_dataset
 def test_measures_what_the_server_did(tmp_path: Path) -> None:
     data, log = write_dataset(tmp_path / "data.jsonl"), tmp_path / "log.jsonl"
     every = {"status": 10, "cut": 11, "no_done": 13, "error_event": 17, "empty": 19, "abort": 23}
-    with fake_server(ttft_ms=60, itl_ms=15, tokens=4, every=every, log=str(log)) as url:
+    with fake_server(ttft_ms=60, itl_ms=15, tokens=2, every=every, log=str(log)) as url:
         done = stress(
             "run", "--target", url, "--dataset", data, "--out", tmp_path, "--scenario", "fake", "--models", "a=2", "b",
             "--users", 8, "--ramp-seconds", 0.2, "--duration-seconds", 30, "--max-requests", 72,
             "--prompt-tokens", 100, "--stream-share", 0.67, "--failure-pause-seconds", 0.01,
+            "--max-tokens", 4, "--ignore-eos",
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "RPS" in done.stderr
@@ -63,7 +64,7 @@ def test_measures_what_the_server_did(tmp_path: Path) -> None:
     assert server_ttft - 1 <= client_ttft <= server_ttft + 25
     client_itl, server_itl = (statistics.median(g for r in part for g in r["itl_ms"]) for part in (good, served))
     assert client_itl == pytest.approx(server_itl, abs=4)
-    assert all(len(row["itl_ms"]) == 3 for row in good)
+    assert all(len(row["itl_ms"]) == 3 for row in good), "four tokens, where the model would have stopped at two"
     assert all(row["latency_ms"] >= row["ttft_ms"] + sum(row["itl_ms"]) for row in good)
 
     # the prompts: length, variety, aliases two to one, users that do not stream

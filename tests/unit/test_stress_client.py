@@ -180,6 +180,16 @@ def test_times_count_from_when_it_was_due() -> None:
     assert plain.late_ms is None and "late_ms" not in plain.as_json()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_are_of_one_length_where_that_is_asked(stream: bool) -> None:
+    with fake_server(tokens=2, ttft_ms=0, itl_ms=0) as url:
+        found = [
+            ask(url, "a", MESSAGES, stream=stream, max_tokens=5, ignore_eos=ignored, timeout_seconds=5)
+            for ignored in (False, True)
+        ]
+    assert [each.completion_tokens for each in found] == [2, 5]
+
+
 def test_nobody_listens_or_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"

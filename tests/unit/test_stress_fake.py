@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.log.flush()
 
     def answer(self, body: dict[str, Any], kind: str, arrived: float, done: dict[str, Any]) -> None:
-        tokens = min(self.config["tokens"], body["max_tokens"])
+        tokens = body["max_tokens"] if body.get("ignore_eos") else min(self.config["tokens"], body["max_tokens"])
         usage = {
             "prompt_tokens": sum(len(m["content"]) for m in body["messages"]) // 4,
             "completion_tokens": tokens,
