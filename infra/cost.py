@@ -222,7 +222,9 @@ def _nodes(env: Environment, name: str, size: str) -> tuple[int, int]:
     """Nodes of pool `name`, were they all of `size`: those that stay for min_nodes and min_replicas, and the most."""
     pool = env.pools[name]
     replicas = env.serving.min_replicas if env.serving.pool == name else 0
-    return min(max(pool.min_nodes, math.ceil(replicas / sku(size).gpus)), pool.max_nodes), pool.max_nodes
+    return min(
+        max(pool.min_nodes, math.ceil(replicas / (sku(size).gpus // env.serving.gpus))), pool.max_nodes
+    ), pool.max_nodes
 
 
 def _gpu_pool(env: Environment, name: str, location: str) -> Line:

@@ -1,9 +1,9 @@
-"""Does this model fit this GPU, to be served and to be tuned? Estimates for one GPU, each term with formula and source.
+"""Does this model fit this GPU, to be served and to be tuned? Estimates for a GPU, each term with formula and source.
 
     python -m infra.fit --model meta-llama/Llama-3.1-8B-Instruct --sku Standard_NC24ads_A100_v4 --context 8192
 
-One GPU, because vLLM is started without tensor parallelism here, and of GPUs that tune together each holds the whole
-base. Exit codes: 0 all fits, 1 something does not, 2 bad arguments.
+Of GPUs that serve together each holds its share (tensor parallelism), of those that tune together each the whole base.
+Exit codes: 0 all fits, 1 something does not, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from common.lora import MAX_LORA_RANK, vllm_lora_rank
 from common.settings import Settings, SettingsError, explain
 from infra import prices
 from infra.catalog import SKUS, Architecture, Sku, architecture, architecture_of, sku
-from serving.spec import ServingSpec
+from serving.spec import EngineSettings, Gpus, ServingSpec
 from training.spec import TuningSettings, TuningSpec
 
 GIB = 2**30
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
+BYTES_PER_TOKEN, TEMPLATE_TOKENS = 4, 64
+"""The evaluation asks for as many tokens as the longest expected answer has bytes, of which text has about four a
+token; and what the chat template and the end of the turn add."""
 KV_PAGE_TOKENS = 16
 """Tokens in a block of the KV cache: vLLM's default on CUDA."""
 CUDA_CONTEXT_GIB = 0.5
@@ -46,7 +49,7 @@ TUNING_RUNTIME_GIB = 1.0
 LOGIT_BYTES = 12
 """For each token and vocabulary entry in the loss: an fp32 log-softmax and two gradients of it."""
 NCCL_GIB = 0.5
-"""What GPUs that tune together need to talk: buffers of 4 MiB (NCCL_BUFFSIZE) for each of at most 32 channels and two
+"""What GPUs that work together need to talk: buffers of 4 MiB (NCCL_BUFFSIZE) for each of at most 32 channels and two
 directions, and as much again for its kernels and connections."""
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits a parameter: its own, 8 for each block of 64, 32 for each 256 blocks (Dettmers et al. 2023, QLoRA)."""
@@ -59,6 +62,10 @@ READS = {
     "down_proj": "inside of the MLP",
 }
 """Which tensor a layer reads (modeling_llama.py and modeling_phi3.py of transformers 5.19)."""
+SPLITS = (2, 4, 8)
+"""GPUs among which a replica may be split."""
+SPLIT_INPUTS = ("o_proj", "down_proj")
+"""Layers of which each GPU has a part of the inputs; of the others, a part of the outputs (Shoeybi et al. 2019)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ class Fit:
 class ServingLoad:
     """What a replica must hold: `concurrency` requests with `context` tokens each, and `lora_slots` adapters.
 
-    These are vLLM's max_num_seqs, max_model_len and max_loras, and the settings of those names.
+    These are vLLM's max_num_seqs, max_model_len and max_loras, and the settings of those names. `gpus` hold it
+    together: vLLM's tensor_parallel_size.
     """
 
     context: int
@@ -112,6 +120,7 @@ class ServingLoad:
     lora_rank: int
     dtype: Dtype = "auto"
     gpu_memory_utilization: float = 0.9
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -161,51 +170,64 @@ def tuning_load(
 
 
 def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
-    """The estimate for one vLLM replica on one GPU of `size`."""
+    """The estimate for each GPU of `size` that has a part in one vLLM replica."""
     width = 4 if load.dtype == "float32" else 2
-    gpu = size.gpu
-    page_bytes = 2 * model.num_hidden_layers * model.key_value_size * width * KV_PAGE_TOKENS
+    gpu, gpus = size.gpu, load.gpus
+    shared = f" / {gpus} GPUs" if gpus > 1 else ""
+    heads = max(1, model.num_key_value_heads // gpus)  # with fewer heads than GPUs, several have the same one
+    kv_size = heads * model.head_size
+    page_bytes = 2 * model.num_hidden_layers * kv_size * width * KV_PAGE_TOKENS
     pages = math.ceil(load.context / KV_PAGE_TOKENS)
     rank = vllm_lora_rank(load.lora_rank)
-    adapted = model.num_hidden_layers * sum(map(sum, model.linear_layers.values()))
+    # Of an adapter's two matrices, the one beside the part that a layer has in whole is whole as well.
+    adapted = model.num_hidden_layers * sum(
+        inputs // gpus + outputs if layer in SPLIT_INPUTS else inputs + outputs // gpus
+        for layer, (inputs, outputs) in model.linear_layers.items()
+    )
     embedded = 2 * (model.vocab_size + model.hidden_size)
     # vllm/engine/arg_utils.py get_batch_defaults, API server: by the GPU's memory, and less on an A100.
     batched = max(8192 if gpu.driver_gib >= 70 and not gpu.name.startswith("A100") else 2048, load.concurrency)
-    layer = batched * (3 * model.intermediate_size + 4 * model.hidden_size) * width
+    inner = model.intermediate_size // gpus
+    layer = batched * (3 * inner + 4 * model.hidden_size) * width
     sampler = load.concurrency * model.vocab_size * SAMPLER_BYTES
-    terms = (
+    terms = [
         Term(
             "weights",
-            model.parameters * width / GIB,
-            f"{model.parameters:,} parameters x {width} bytes",
+            model.parameters * width / gpus / GIB,
+            f"{model.parameters:,} parameters x {width} bytes{shared}",
             "config.json",
         ),
         Term(
             "KV cache",
             load.concurrency * pages * page_bytes / GIB,
-            f"2 x {model.num_hidden_layers} layers x {model.key_value_size} x {width} bytes x "
+            f"2 x {model.num_hidden_layers} layers x {kv_size} x {width} bytes x "
             f"{pages * KV_PAGE_TOKENS:,} tokens x {load.concurrency} requests",
             "Kwon et al. 2023, PagedAttention",
         ),
         Term(
             "LoRA slots",
             load.lora_slots * rank * (adapted + embedded) * width / GIB,
-            f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers) x {width} bytes",
+            f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers, one of the two{shared}) x "
+            f"{width} bytes"
+            if shared
+            else f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers) x {width} bytes",
             "vllm/lora/layers, lora_a_stacked and lora_b_stacked",
         ),
         Term(
             "activations",
             max(layer, sampler) / GIB,
-            f"the larger of {batched:,} tokens x (3 x {model.intermediate_size} + 4 x {model.hidden_size}) x {width} "
+            f"the larger of {batched:,} tokens x (3 x {inner} + 4 x {model.hidden_size}) x {width} "
             f"bytes and {load.concurrency} requests x {model.vocab_size} x {SAMPLER_BYTES} bytes",
             "vLLM's profiling run; logs of PR 10511",
         ),
         Term("CUDA graphs", CUDA_GRAPHS_GIB, "constant", "vLLM's logs, PR 39559"),
         Term("runtime", SERVING_RUNTIME_GIB, "constant", "non_torch_memory in vLLM's logs"),
-    )
+    ]
+    if gpus > 1:
+        terms.append(Term("NCCL", NCCL_GIB, "constant", "NCCL_BUFFSIZE"))
     other_contexts = (load.concurrency - 1) * pages * page_bytes / GIB
     available = min(gpu.driver_gib * load.gpu_memory_utilization, gpu.driver_gib - CUDA_CONTEXT_GIB)
-    return Fit(terms, available, sum(term.gib for term in terms) - other_contexts)
+    return Fit(tuple(terms), available, sum(term.gib for term in terms) - other_contexts)
 
 
 def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
@@ -323,9 +345,10 @@ def largest_sequence(model: Architecture, size: Sku, load: TuningLoad) -> int:
 
 
 def smallest_sku(model: Architecture, load: ServingLoad | TuningLoad) -> Sku | None:
-    """The cheapest size, with as many GPUs as tune together, on one GPU of which `load` fits, None if there is none."""
-    gpus = load.gpus if isinstance(load, TuningLoad) else 1
-    enough = (size for size in SKUS.values() if size.gpus >= gpus and not _dtype_problem(size, load))
+    """The cheapest size, with as many GPUs as work together, on which `load` fits, None if there is none."""
+    if isinstance(load, ServingLoad) and indivisible(model, load.gpus):
+        return None
+    enough = (size for size in SKUS.values() if size.gpus >= load.gpus and not _dtype_problem(size, load))
     fitting = (size for size in enough if _fit(model, size, load).fits)
     return min(fitting, key=lambda size: size.usd_per_hour, default=None)
 
@@ -337,17 +360,48 @@ def explain_serving(model: Architecture, size: Sku, load: ServingLoad) -> list[s
         problems.append(f"max_model_len {load.context} is beyond the model's {model.max_position_embeddings} tokens")
     if problem := _dtype_problem(size, load):
         problems.append(problem)
+    if problem := indivisible(model, load.gpus):
+        problems.append(problem)
+    if size.gpus < load.gpus:
+        problems.append(f"gpus {load.gpus} of one node, which has {size.gpus}")
     fit = serving_fit(model, size, load)
     if problems or fit.fits:
         return problems
     remedies = []
+    if gpus := fewest_gpus(model, size, load):
+        remedies.append(f"gpus {gpus} for each replica")
     if context := largest_context(model, size, load):
         remedies.append(f"max_model_len {context} at max_num_seqs {load.concurrency}")
     if requests := largest_concurrency(model, size, load):
         remedies.append(f"max_num_seqs {requests} at max_model_len {load.context}")
-    limit = f"the {fit.available_gib:.1f} GiB that vLLM may take (gpu_memory_utilization {load.gpu_memory_utilization})"
+    each = f" of each of {load.gpus} GPUs" if load.gpus > 1 else ""
+    share = f"gpu_memory_utilization {load.gpu_memory_utilization}"
+    limit = f"the {fit.available_gib:.1f} GiB that vLLM may take{each} ({share})"
     note = "; vLLM would start, but preempt requests when it is full" if fit.starts else ""
-    return [_does_not_fit(fit, limit, remedies, smallest_sku(model, load), note)]
+    cheapest = _priced(smallest_sku(model, load))
+    if not cheapest and not remedies:
+        others = [(other, gpus) for gpus in SPLITS if (other := smallest_sku(model, replace(load, gpus=gpus)))]
+        for other, gpus in sorted(others, key=lambda each: each[0].usd_per_hour)[:1]:
+            cheapest = [f"{text} with gpus {gpus}" for text in _priced(other)]
+    return [_does_not_fit(fit, limit, [*remedies, *cheapest], note)]
+
+
+def indivisible(model: Architecture, gpus: int) -> str | None:
+    """Why `model` cannot be split among so many GPUs, None where it can: vLLM shares out whole heads (qkv_proj)."""
+    heads, shared = model.num_attention_heads, model.num_key_value_heads
+    if heads % gpus or model.intermediate_size % gpus or (shared % gpus and gpus % shared):
+        enough = [each for each in (1, *SPLITS) if each < gpus and not indivisible(model, each)]
+        return (
+            f"its {heads} query heads, {shared} key and value heads and {model.intermediate_size} inner columns cannot "
+            f"be shared out among {gpus} GPUs: gpus {enough[-1]}"
+        )
+    return None
+
+
+def fewest_gpus(model: Architecture, size: Sku, load: ServingLoad) -> int | None:
+    """The least of 2, 4 and 8 GPUs of `size`, more than `load` has, on which it fits; None if there is none."""
+    more = (gpus for gpus in SPLITS if load.gpus < gpus <= size.gpus and not indivisible(model, gpus))
+    return next((gpus for gpus in more if serving_fit(model, size, replace(load, gpus=gpus)).fits), None)
 
 
 def explain_tuning(model: Architecture, size: Sku, load: TuningLoad) -> list[str]:
@@ -380,7 +434,7 @@ def explain_tuning(model: Architecture, size: Sku, load: TuningLoad) -> list[str
         remedies.append(f"max_seq_length {length} at per_device_train_batch_size {shorter.batch_rows}")
     limit = f"the {fit.available_gib:.1f} GiB of the GPU"
     note = "; gradient checkpointing is counted in" if load.gradient_checkpointing else ""
-    return [_does_not_fit(fit, limit, remedies, smallest_sku(model, load), note)]
+    return [_does_not_fit(fit, limit, [*remedies, *_priced(smallest_sku(model, load))], note)]
 
 
 def check_serving(
@@ -394,15 +448,16 @@ def check_serving(
     lora_rank: int,
     dtype: Dtype = "auto",
     gpu_memory_utilization: float = 0.9,
+    gpus: int = 1,
 ) -> list[str]:
-    """Problems of serving `architecture` on a GPU of `sku_name`, ready to print; empty when it fits."""
+    """Problems of serving `architecture` on `gpus` of a `sku_name`, ready to print; empty when it fits."""
     if lora_rank > MAX_LORA_RANK:
         return [f"serving {model_name}: rank {lora_rank} is beyond {MAX_LORA_RANK}, the most that vLLM serves"]
     try:
         size = sku(sku_name)
     except ValueError as error:
         return [str(error)]
-    load = ServingLoad(context, concurrency, lora_slots(adapters), lora_rank, dtype, gpu_memory_utilization)
+    load = ServingLoad(context, concurrency, lora_slots(adapters), lora_rank, dtype, gpu_memory_utilization, gpus)
     return [f"serving {model_name} on {sku_name}: {text}" for text in explain_serving(architecture, size, load)]
 
 
@@ -425,6 +480,51 @@ def check_tuning(
         for name in sizes
         for text in explain_tuning(architecture, sku(name), load)
     ]
+
+
+def check_evaluation(
+    adapter_name: str,
+    settings: TuningSettings,
+    serving: EngineSettings,
+    architecture: Architecture,
+    sizes: Sequence[str],
+) -> list[str]:
+    """Problems of starting vLLM for the evaluation of `adapter_name` where it was tuned, on any of `sizes`.
+
+    It need not hold all its requests at once: those that do not fit wait.
+    """
+    found = []
+    context = evaluation_context(settings.max_seq_length, architecture)
+    load = ServingLoad(
+        context,
+        serving.max_num_seqs,
+        lora_slots(1),
+        settings.lora_r,
+        serving.dtype,
+        serving.gpu_memory_utilization,
+        serving.gpus,
+    )
+    for name in sizes:
+        size = sku(name)
+        what = f"evaluating {adapter_name} on {name}, as it is served:"
+        if problem := _dtype_problem(size, load):
+            found.append(f"{what} {problem}")
+        elif size.gpus < load.gpus:
+            found.append(
+                f"{what} serving.gpus {load.gpus} of one node, which has {size.gpus}: tune in a pool that has them"
+            )
+        elif not (fit := serving_fit(architecture, size, load)).starts:
+            found.append(
+                f"{what} vLLM would not start: {fit.minimum_gib:.1f} GiB are needed of the {fit.available_gib:.1f} GiB "
+                f"that it may take of each of {load.gpus} GPUs: tune in a pool with larger ones, or raise serving.gpus"
+            )
+    return found
+
+
+def evaluation_context(max_seq_length: int, architecture: Architecture) -> int:
+    """Tokens of a held-out row: its prompt, and an answer of as many bytes as one of its tokens could have."""
+    rows = max_seq_length * (1 + BYTES_PER_TOKEN) + TEMPLATE_TOKENS
+    return min(rows, architecture.max_position_embeddings)
 
 
 def lora_slots(adapters: int) -> int:
@@ -451,11 +551,13 @@ def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
     return low
 
 
-def _does_not_fit(fit: Fit, limit: str, remedies: list[str], cheapest: Sku | None, note: str) -> str:
+def _priced(size: Sku | None) -> list[str]:
+    return [f"{size.name} (${size.usd_per_hour:.2f}/h)"] if size else []
+
+
+def _does_not_fit(fit: Fit, limit: str, remedies: list[str], note: str) -> str:
     largest_first = sorted(fit.terms, key=lambda term: -term.gib)
     parts = ", ".join(f"{term.name} {term.gib:.1f}" for term in largest_first)
-    if cheapest:
-        remedies = [*remedies, f"{cheapest.name} (${cheapest.usd_per_hour:.2f}/h)"]
     remedy = f"what fits: {', or '.join(remedies)}" if remedies else "no GPU of the catalogue holds it: a smaller model"
     return f"about {fit.total_gib:.1f} GiB are needed of {limit}: {parts}{note}; {remedy}"
 
@@ -474,6 +576,7 @@ class _Question(Settings):
     gpu_memory_utilization: float = Field(
         _SERVING["gpu_memory_utilization"].default, gt=0, lt=1, description="share of the GPU that vLLM may take"
     )
+    gpus: Gpus = Field(_SERVING["gpus"].default, description="GPUs that hold a replica together")
     batch: int = Field(_TUNING["per_device_train_batch_size"].default, ge=1, description="rows in a forward pass")
     seq: int = Field(_TUNING["max_seq_length"].default, ge=8, description="max_seq_length, in tokens")
     gradient_checkpointing: bool | None = Field(
@@ -489,6 +592,7 @@ class _Question(Settings):
             self.lora_rank,
             self.dtype,
             self.gpu_memory_utilization,
+            self.gpus,
         )
 
     def tuning(self, model: Architecture, size: Sku) -> TuningLoad:
@@ -553,7 +657,7 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
     serving, tuning = question.serving(), question.tuning(model, size)
     how = ", base in 4 bits" * tuning.load_in_4bit + ", gradient checkpointing" * tuning.gradient_checkpointing
     print(f"{size.name}: {size.gpus} x {size.gpu.name}, {size.gpu.driver_gib} GiB seen by the driver, ", end="")
-    print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {prices.AS_OF}). Estimates for one GPU.")
+    print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {prices.AS_OF}). Estimates for each GPU.")
     failed = False
     for title, fit, problems in (
         (
@@ -577,25 +681,30 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
 
 
 def _compare(model: Architecture, question: _Question) -> int:
-    serving = question.serving()
+    asked = question.serving()
     print(
-        "Estimates in GiB needed of GiB available on one GPU; "
-        f"prices of {prices.AS_OF}; *: with gradient checkpointing."
+        "Estimates in GiB needed of GiB available on each GPU; "
+        f"prices of {prices.AS_OF}; xN: by N GPUs together; *: with gradient checkpointing."
     )
-    print(f"{'size':<28}{'$/h':>7}  {'GPU':<12}{'serving':>16}{'tuning':>21}")
+    print(f"{'size':<28}{'$/h':>7}  {'GPU':<12}{'serving':>16}{'tuning':>25}")
     found = False
     for size in sorted(SKUS.values(), key=lambda each: each.usd_per_hour):
-        tuning = question.tuning(model, size)
+        serving, tuning = asked, question.tuning(model, size)
+        if not serving_fit(model, size, serving).fits and (gpus := fewest_gpus(model, size, serving)):
+            serving = replace(serving, gpus=gpus)
         serves, tunes = explain_serving(model, size, serving), explain_tuning(model, size, tuning)
         cells = [
-            f"{fit.total_gib:6.1f} of {fit.available_gib:5.1f} {'no' if problems else 'yes':<3}"
-            for fit, problems in ((serving_fit(model, size, serving), serves), (tuning_fit(model, size, tuning), tunes))
+            f"{fit.total_gib:6.1f} of {fit.available_gib:5.1f} {said:<6}"
+            for fit, said in (
+                (serving_fit(model, size, serving), "no" if serves else f"yes x{serving.gpus}".removesuffix(" x1")),
+                (
+                    tuning_fit(model, size, tuning),
+                    "no" if tunes else f"yes{'*' if tuning.gradient_checkpointing else ''}",
+                ),
+            )
         ]
         found |= not serves and not tunes
-        print(
-            f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}"
-            f"{'*' if tuning.gradient_checkpointing else ''}"
-        )
+        print(f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}".rstrip())
     return exits.OK if found else exits.FAILED
 
 

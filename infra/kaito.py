@@ -224,6 +224,11 @@ def _tunes_together(env: Environment) -> Iterator[str]:
             yield f"tuning.{name}"
 
 
+def _serves_together(env: Environment) -> Iterator[str]:
+    if env.serving.gpus > 1:
+        yield "serving.gpus"
+
+
 def _tunes_on_size(env: Environment) -> Iterator[str]:
     if env.tuning.pool in env.pools and env.pools[env.tuning.pool].vm_size not in SIZES:
         yield f"pools.{env.tuning.pool}.vm_size"
@@ -403,6 +408,13 @@ CAPABILITIES = (
         "address, router",
         "Service `drydock` in namespace `drydock-serving`, and the less loaded of two replicas",
         "the same Service and router, which leads to KAITO's pods",
+    ),
+    Capability(
+        "a replica on several GPUs (`gpus`)",
+        "as set: tensor parallelism on one node",
+        "a replica gets all GPUs of its node, and sizes known here have one",
+        f"set 1, or {DIRECT}",
+        _serves_together,
     ),
     Capability("several replicas", "a Deployment", "an InferenceSet; a single one is a Workspace"),
     Capability(

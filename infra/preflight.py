@@ -11,7 +11,7 @@ import pulumi
 
 from blobs import BlobError
 from common.settings import SettingsError
-from infra.fit import check_serving, check_tuning
+from infra.fit import check_evaluation, check_serving, check_tuning
 from infra.network import subnets
 from infra.settings import ROOT, Environment, load_environment, located
 from training import source
@@ -109,11 +109,14 @@ def _fit(env: Environment) -> Iterator[str]:
             lora_rank=env.max_lora_rank,
             dtype=serving.dtype,
             gpu_memory_utilization=serving.gpu_memory_utilization,
+            gpus=serving.gpus,
         )
         yield from (f"serving.max_model_len: {line}" for line in found)
     pool = env.pools[env.tuning.pool]
     for name, adapter in env.adapters.items():
         found = check_tuning(name, adapter, env.base.figures, pool.sizes, gpus=env.tuning.gpus, nodes=env.tuning.nodes)
+        if serving.device == "cuda":
+            found += check_evaluation(name, adapter, serving, env.base.figures, pool.sizes)
         yield from (f"adapters.{name}: {line}" for line in found)
 
 

@@ -475,8 +475,7 @@ class Environment(Settings):
     @property
     def room_for_both(self) -> bool:
         """Whether the serving pool's size allows its replicas twice: KAITO's nodes are of the same size and quota."""
-        pool = self.pools[self.serving.pool]
-        return 2 * self.serving.max_replicas <= pool.max_nodes * pool.sku.gpus
+        return 2 * self.serving.max_replicas <= replica_room(self.serving, self.pools[self.serving.pool])
 
     @property
     def stress_key(self) -> SecretStr | None:
@@ -517,14 +516,24 @@ class Environment(Settings):
     @property
     def compiles(self) -> bool:
         """Whether a Job compiles for the replicas: on a GPU that neither they at their least nor tuning Jobs take."""
-        pool = self.pools[self.serving.pool]
-        return self.finds_compiled and pool.max_nodes * pool.sku.gpus > self.serving.min_replicas + self.other_gpus
+        room = replica_room(self.serving, self.pools[self.serving.pool])
+        return self.finds_compiled and self.serving.min_replicas + self.others_places < room
 
     @property
-    def other_gpus(self) -> int:
-        """GPUs of the serving pool that tuning Jobs may hold: those of a Job an adapter, where they share the pool."""
-        each = self.tuning.nodes * self.tuning.gpus
-        return len(self.adapters) * each if self.tuning.pool == self.serving.pool else 0
+    def others_places(self) -> int:
+        """Replicas in whose place of the serving pool pods of tuning Jobs may be: those of a Job an adapter.
+
+        Such a pod is on one node, as a replica is, and evaluates with a replica's GPUs.
+        """
+        if self.tuning.pool != self.serving.pool:
+            return 0
+        each = math.ceil(max(self.tuning.gpus, self.serving.gpus) / self.serving.gpus)
+        return len(self.adapters) * self.tuning.nodes * each
+
+
+def replica_room(serving: Serving, pool: GpuPool) -> int:
+    """The most replicas for which `pool` has GPUs, those of each on one node."""
+    return pool.max_nodes * (pool.sku.gpus // serving.gpus)
 
 
 SECRETS = {"api_keys": "--path 'drydock:api_keys.CLIENT'", "huggingface_token": "drydock:huggingface_token"}
@@ -626,26 +635,20 @@ def inconsistencies(env: Environment) -> list[str]:
                     "automatic, serving.min_replicas keeps its nodes by itself: remove it"
                 )
     if env.tuning.pool in env.pools:
-        for name in env.pools[env.tuning.pool].sizes:
-            if (has := sku(name).gpus) < env.tuning.gpus:
-                found.append(
-                    f"tuning.gpus: {env.tuning.gpus} GPUs of one node, but {name} of pool {env.tuning.pool} has {has}: "
-                    f"lower it{_with_gpus(sku(name), env.tuning.gpus)}"
-                )
+        found += _too_few_gpus(env.pools, "tuning", env.tuning.pool, env.tuning.gpus)
         found += _nodes_together(env)
     if env.serving.pool in env.pools:
         pool_settings = env.pools[env.serving.pool]
-        room = pool_settings.max_nodes * pool_settings.sku.gpus
-        if env.serving.max_replicas > room:
+        few = _too_few_gpus(env.pools, "serving", env.serving.pool, env.serving.gpus)
+        found += few
+        room, replicas = replica_room(env.serving, pool_settings), env.serving.max_replicas
+        most = f"pool {env.serving.pool} has room for {room} at most: raise pools.{env.serving.pool}.max_nodes"
+        if not few and replicas > room:
+            found.append(f"serving.max_replicas: {replicas} replicas, but {most} or lower it")
+        elif not few and env.serving.new_first and not env.room_for_both:
             found.append(
-                f"serving.max_replicas: {env.serving.max_replicas} replicas need as many GPUs, but pool "
-                f"{env.serving.pool} has {room} at most: raise pools.{env.serving.pool}.max_nodes or lower it"
-            )
-        elif env.serving.new_first and not env.room_for_both:
-            found.append(
-                f"serving.new_first: new and old replicas are {2 * env.serving.max_replicas} GPUs, but pool "
-                f"{env.serving.pool} has {room} at most: raise pools.{env.serving.pool}.max_nodes, or leave it out: "
-                "nobody is answered then while the new ones come up"
+                f"serving.new_first: {2 * replicas} replicas, new and old, but {most}, or leave it out: nobody is "
+                "answered then while the new ones come up"
             )
         if pool_settings.spot and env.serving.min_replicas >= 3:
             found.append(
@@ -698,11 +701,14 @@ def _nodes_together(env: Environment) -> Iterator[str]:
     tuning, jobs = env.tuning, max(1, len(env.adapters))
     if tuning.nodes == 1:
         return
-    pool, replicas = env.pools[tuning.pool], env.serving.min_replicas if tuning.pool == env.serving.pool else 0
+    pool, serving = env.pools[tuning.pool], env.serving
+    replicas = serving.min_replicas if tuning.pool == serving.pool else 0
     # Pods are placed one by one. Every Job may hold all of its nodes but one and wait for that one; with one node more
     # than these, one of the Jobs gets what it needs, ends, and the next one does.
     least = jobs * (tuning.nodes - 1) + 1
-    least = max(least, math.ceil((least * tuning.gpus + replicas) / min(sku(name).gpus for name in pool.sizes)))
+    each = max(tuning.gpus, serving.gpus)  # the pod asks for as many: it evaluates with a replica's
+    has = min(sku(name).gpus for name in pool.sizes)
+    least = max(least, math.ceil((least * each + replicas * serving.gpus) / has))
     if pool.max_nodes < least:
         why = f" for each of {jobs} adapters, whose Jobs could keep the last one from each other," if jobs > 1 else ""
         beside = f" beside {replicas} replicas" if replicas else ""
@@ -710,6 +716,16 @@ def _nodes_together(env: Environment) -> Iterator[str]:
             f"tuning.nodes: {tuning.nodes} nodes{why} need {least} in pool {tuning.pool}{beside}, which has "
             f"{pool.max_nodes} at most: raise pools.{tuning.pool}.max_nodes or lower it"
         )
+
+
+def _too_few_gpus(pools: Mapping[str, GpuPool], of: str, pool: str, gpus: int) -> list[str]:
+    """The sizes of `pool` whose nodes have fewer GPUs than `of`.gpus."""
+    return [
+        f"{of}.gpus: {gpus} GPUs of one node, but {name} of pool {pool} has {sku(name).gpus}: lower it"
+        f"{_with_gpus(sku(name), gpus)}"
+        for name in pools[pool].sizes
+        if sku(name).gpus < gpus
+    ]
 
 
 def _with_gpus(size: Sku, gpus: int) -> str:
@@ -816,7 +832,8 @@ def _drills(env: Environment) -> Iterator[str]:
     if "registry-unreachable" in chosen and not env.adapters:
         yield "drills.scenarios: registry-unreachable needs an adapter: without one no replica asks the registry"
     pool = env.pools.get(env.serving.pool)
-    if "node-drain" in chosen and pool and (pool.max_nodes - 1) * pool.sku.gpus < env.serving.min_replicas:
+    one_less = pool and pool.model_copy(update={"max_nodes": pool.max_nodes - 1})
+    if "node-drain" in chosen and one_less and replica_room(env.serving, one_less) < env.serving.min_replicas:
         yield (
             f"drills.scenarios: without the node of node-drain, pool {env.serving.pool} has no room for "
             f"{env.serving.min_replicas} replicas: raise pools.{env.serving.pool}.max_nodes, or leave it out"

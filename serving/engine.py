@@ -36,6 +36,8 @@ def vllm_command(
     command += ["--model", spec.base_model, "--served-model-name", spec.base_name]
     command += ["--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs)]
+    if spec.gpus > 1:
+        command += ["--tensor-parallel-size", str(spec.gpus)]
     command += ["--enable-lora", "--max-lora-rank", str(vllm_lora_rank(spec.max_lora_rank))]
     # While versions change, old and new of one adapter answer side by side: one slot more than adapters.
     command += ["--max-loras", str(slots + 1), "--max-cpu-loras", str(2 * slots + 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from common.lora import MAX_LORA_RANK
 from common.settings import Settings
@@ -13,6 +13,15 @@ from training.spec import AdapterName
 TierName = Annotated[str, Field(pattern="^[a-z][a-z0-9-]{0,30}$")]
 STANDARD = "standard"
 """The tier of every client of which nothing else is said."""
+
+
+def _power_of_two(value: int) -> int:
+    if value not in (1, 2, 4, 8):
+        raise ValueError(f"should be 1, 2, 4 or 8, as nodes have GPUs, found {value}")
+    return value
+
+
+Gpus = Annotated[int, AfterValidator(_power_of_two)]
 
 
 class Tier(Settings):
@@ -41,6 +50,11 @@ class EngineSettings(Settings):
 
     device: Literal["cuda", "cpu"] = Field(
         "cuda", description="What vLLM runs on; cpu is for trying the whole with a tiny model."
+    )
+    gpus: Gpus = Field(
+        1,
+        description="GPUs of one node that hold a replica together (tensor parallelism), for a model beyond one of "
+        "them: 1, 2, 4 or 8. On device cpu, processes.",
     )
     cpu_kv_cache_mib: int = Field(256, ge=16, description="KV cache in MiB on device cpu.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Of weights and compute.")

@@ -17,12 +17,13 @@ from workloads.engine import (
     deadline_seconds,
     engine_share,
     fetch_base,
+    passed_on,
     spec_text,
     startup_seconds,
 )
 from workloads.jobs import REPLACE_ON_CHANGES, ROLE_WAIT_SECONDS, digest_of, inputs_hash, job, job_pod
 from workloads.placement import gpu_node_selector, gpu_tolerations
-from workloads.pods import config, container_security, mount, resources, scratch, shared_memory
+from workloads.pods import config, container_security, mount, resources, scratch
 from workloads.policies import egress_https, network_policy
 
 LABELS = {"app": "compile"}
@@ -56,7 +57,7 @@ class Compiled(pulumi.ComponentResource):
     def __init__(self, name: str, args: CompiledArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:workloads:Compiled", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
-        replicas = args.replicas
+        replicas, gpus = args.replicas, args.replicas.settings.gpus
         title = args.address.apply(lambda address: f"compile-{address.rpartition('/')[2]}")
         specs = core.v1.ConfigMap(
             f"{name}-spec",
@@ -80,7 +81,7 @@ class Compiled(pulumi.ComponentResource):
                 args.service_account,
                 [_container(args)],
                 # As a replica's: the paths are part of what is compiled.
-                [scratch("models"), scratch("cache"), scratch("tmp"), shared_memory("1Gi"), config("specs", title)],
+                [scratch("models"), scratch("cache"), scratch("tmp"), passed_on(gpus), config("specs", title)],
                 node_selector=gpu_node_selector(replicas.settings.pool),
                 init_containers=[fetch_base(replicas)],
                 tolerations=gpu_tolerations(replicas.pool),
@@ -110,7 +111,8 @@ def key(spec: ServingSpec, base: Base, pool: GpuPool, image: str) -> str:
 
 
 def _container(args: CompiledArgs) -> core.v1.ContainerArgs:
-    share, base = engine_share(args.replicas.pool), args.replicas.base
+    gpus, base = args.replicas.settings.gpus, args.replicas.base
+    share = engine_share(args.replicas.pool, gpus)
     return core.v1.ContainerArgs(
         name="compile",
         image=args.replicas.image,
@@ -119,7 +121,7 @@ def _container(args: CompiledArgs) -> core.v1.ContainerArgs:
             *("--timeout-seconds", str(startup_seconds(base.figures.parameters))),
         ],
         env=[core.v1.EnvVarArgs(name="DRYDOCK_CACHE", value="/cache")],
-        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=1),
+        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=gpus),
         security_context=container_security(),
         volume_mounts=[
             mount("models", "/models", read_only=True),

@@ -1,4 +1,4 @@
-"""The replicas: one Deployment of pods with one GPU each, in which vLLM and the adapter sidecar share a folder."""
+"""The replicas: one Deployment of pods with GPUs, in which vLLM and the adapter sidecar share a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pulumi
 from pulumi_kubernetes import apps, core, meta, policy, scheduling
 from pydantic import SecretStr
 
-from infra.settings import Base, ClientTier, GpuPool, Serving
+from infra.settings import Base, ClientTier, GpuPool, Serving, replica_room
 from serving.spec import STANDARD, EngineSettings, ServingSpec
 from workloads.metrics import SIDECAR_PORT, scraped
 from workloads.mirror import BASE_WAIT_SECONDS, BYTES_PER_PARAMETER
@@ -70,9 +70,9 @@ def grace_seconds(settings: EngineSettings) -> int:
     return PRE_STOP_SECONDS + settings.shutdown_timeout_seconds + EXIT_SECONDS
 
 
-def engine_share(pool: GpuPool) -> GpuShare:
-    """What the engine's container gets: one GPU's share of the node less what the sidecar takes."""
-    share = gpu_share(pool)
+def engine_share(pool: GpuPool, gpus: int) -> GpuShare:
+    """What the engine's container gets: its GPUs' share of the node less what the sidecar takes."""
+    share = gpu_share(pool, gpus)
     return GpuShare(
         f"{int(share.cpu) * 1000 - SIDECAR_MILLICORES}m",
         f"{int(share.memory.removesuffix('Gi')) - SIDECAR_GIB}Gi",
@@ -80,21 +80,25 @@ def engine_share(pool: GpuPool) -> GpuShare:
     )
 
 
+def passed_on(gpus: int) -> core.v1.VolumeArgs:
+    """/dev/shm for what vLLM's processes, and several GPUs, pass to each other; with one GPU that is little."""
+    return shared_memory("1Gi" if gpus == 1 else f"{2 * gpus}Gi")
+
+
 def fixed_replicas(settings: Serving) -> int | None:
     """The Deployment's number of replicas; None where it is KEDA's, which a number would fight at every `pulumi up`."""
     return settings.min_replicas if settings.min_replicas == settings.max_replicas else None
 
 
-def rollout(settings: Serving, pool: GpuPool, other_gpus: int) -> apps.v1.RollingUpdateDeploymentArgs:
-    """A new replica before an old one goes where the pool has a GPU to spare at full scale, else one after the other.
+def rollout(settings: Serving, pool: GpuPool, others: int) -> apps.v1.RollingUpdateDeploymentArgs:
+    """A new replica before an old one goes where the pool has room for it at full scale, else one after the other.
 
-    `other_gpus` are those that pods of others (tuning Jobs) may hold in this pool. A surge that waits for a GPU which
-    never comes would be a rollout that never ends.
+    `others`: replicas in whose place pods of others (tuning Jobs) may be in this pool. A surge that waits for a GPU
+    which never comes would be a rollout that never ends.
     One after the other, the new pod exists as soon as the old one begins to leave: meanwhile it may preempt a tuning
     pod of the pool, which resumes from its checkpoint (seen with the real scheduler).
     """
-    spare = pool.max_nodes * pool.sku.gpus - settings.max_replicas - other_gpus
-    if spare > 0:
+    if settings.max_replicas + others < replica_room(settings, pool):
         return apps.v1.RollingUpdateDeploymentArgs(max_surge=1, max_unavailable=0)
     return apps.v1.RollingUpdateDeploymentArgs(max_surge=0, max_unavailable=1)
 
@@ -130,7 +134,7 @@ def keys_json(api_keys: Mapping[str, SecretStr], tiers: Mapping[str, ClientTier]
 class EngineArgs:
     """What every replica serves, from where, and on which nodes.
 
-    `other_gpus`: GPUs of the same pool that tuning Jobs may hold (`rollout`). `compiled`: where graphs compiled for
+    `others`: replicas in whose place tuning Jobs may be (`rollout`). `compiled`: where graphs compiled for
     these replicas are or will be (workloads/compiled.py). `namespace` and `service_account` as outputs of their
     component make everything here wait for them.
     """
@@ -145,7 +149,7 @@ class EngineArgs:
     max_lora_rank: int
     api_keys: Mapping[str, SecretStr]
     tiers: Mapping[str, ClientTier] = field(default_factory=dict)
-    other_gpus: int = 0
+    others: int = 0
     compiled: pulumi.Input[str] | None = None
     namespace: pulumi.Input[str] = SERVING
     service_account: pulumi.Input[str] = "serving"
@@ -233,7 +237,7 @@ class Engine(pulumi.ComponentResource):
                 replicas=fixed_replicas(args.settings),
                 selector=meta.v1.LabelSelectorArgs(match_labels=LABELS),
                 strategy=apps.v1.DeploymentStrategyArgs(
-                    type="RollingUpdate", rolling_update=rollout(args.settings, args.pool, args.other_gpus)
+                    type="RollingUpdate", rolling_update=rollout(args.settings, args.pool, args.others)
                 ),
                 # The default of ten minutes calls every first rollout failed.
                 progress_deadline_seconds=deadline_seconds(args.base),
@@ -282,7 +286,7 @@ def _pod(
             scratch("state"),
             scratch("cache"),
             scratch("tmp"),
-            shared_memory("1Gi"),  # one GPU: vLLM's processes pass little through it, torch's none
+            passed_on(args.settings.gpus),
             config("spec", spec),
             config("faults", FAULTS, optional=True),
             core.v1.VolumeArgs(
@@ -337,7 +341,7 @@ def _sidecar(args: EngineArgs) -> core.v1.ContainerArgs:
 
 
 def _engine(args: EngineArgs) -> core.v1.ContainerArgs:
-    share = engine_share(args.pool)
+    share = engine_share(args.pool, args.settings.gpus)
     return core.v1.ContainerArgs(
         name="engine",
         image=args.image,
@@ -348,7 +352,9 @@ def _engine(args: EngineArgs) -> core.v1.ContainerArgs:
         ],
         env=[core.v1.EnvVarArgs(name="DRYDOCK_CACHE", value="/cache")],
         ports=[core.v1.ContainerPortArgs(name="http", container_port=PORT)],
-        resources=resources(cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=1),
+        resources=resources(
+            cpu=share.cpu, memory=share.memory, storage=share.ephemeral_storage, gpus=args.settings.gpus
+        ),
         startup_probe=http_probe(
             "/health", PORT, period=STARTUP_PERIOD, failures=startup_failures(args.base.figures.parameters)
         ),

@@ -434,10 +434,11 @@ class KaitoTuning(pulumi.ComponentResource):
                         *("python", "-m", "serving", "evaluate", "--spec", f"{SPECS}/evaluate.json", "--run", RUN),
                         *("--store", store),
                     ],
+                    gpus=env.serving.gpus,
                 )
             ],
             [
-                *(scratch("work"), scratch("cache"), scratch("tmp"), shared_memory("2Gi")),
+                *(scratch("work"), scratch("cache"), scratch("tmp"), shared_memory(f"{2 * env.serving.gpus}Gi")),
                 config("specs", specs.metadata.name),
             ],
             node_selector=gpu_node_selector(env.tuning.pool),

@@ -65,10 +65,10 @@ class Platform(pulumi.ComponentResource):
         )  # fmt: skip
         self.serving = Namespace(
             "serving",
-            # One more than there are: a replica on its way out still counts, and would keep the one that follows out.
+            # One replica more than there are: one on its way out still counts, and would keep the one that follows out.
             # And one for the Job that compiles, as long as it waits for a GPU.
             NamespaceArgs(
-                SERVING, "restricted", gpus[env.serving.pool] + 1 + env.compiles,
+                SERVING, "restricted", gpus[env.serving.pool] + (1 + env.compiles) * env.serving.gpus,
                 {
                     "serving": identities.serving.client_id, "stress": identities.stress.client_id,
                     "compiler": identities.compiler.client_id,

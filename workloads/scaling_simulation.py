@@ -5,7 +5,8 @@
 
 The ScaledObject is the one that `pulumi up` declares; KEDA and the HPA act as their code does, in
 workloads/autoscaler.py. The replicas are a model: a decode step reads weights and KV cache from memory and a prompt is
-computed, by the GPU's figures. It tells whether the policy is too slow, too eager or flaps, not what a request costs.
+computed, by the GPU's figures; what the GPUs of one replica tell each other takes no time in it. It tells whether the
+policy is too slow, too eager or flaps, not what a request costs.
 Loads are synthetic and seeded, or a recorded one in the format of Azure's public traces (columns TIMESTAMP,
 ContextTokens, GeneratedTokens). Exit codes: 0 done, 2 bad arguments or settings.
 """
@@ -86,19 +87,21 @@ def speed(env: Environment) -> Speed:
         env.max_lora_rank,
         serving.dtype,
         serving.gpu_memory_utilization,
+        serving.gpus,
     )
     fit = serving_fit(model, size, load)
     width = 4 if serving.dtype == "float32" else 2
-    token_bytes = 2 * model.num_hidden_layers * model.key_value_size * width
+    heads = max(1, model.num_key_value_heads // serving.gpus)  # of each GPU
+    token_bytes = 2 * model.num_hidden_layers * heads * model.head_size * width
     others = sum(term.gib for term in fit.terms if term.name != "KV cache")
     memory, compute = MEMORY_AND_COMPUTE[size.gpu.name]
     bandwidth = memory * 1e9 * MEMORY_SHARE
     return Speed(
         slots=serving.max_num_seqs,
         kv_tokens=int((fit.available_gib - others) * GIB / token_bytes),
-        step_seconds=model.parameters * width / bandwidth,
+        step_seconds=model.parameters * width / serving.gpus / bandwidth,
         step_seconds_per_token=token_bytes / bandwidth,
-        prefill_seconds_per_token=2 * model.parameters / (compute * 1e12 * COMPUTE_SHARE),
+        prefill_seconds_per_token=2 * model.parameters / (serving.gpus * compute * 1e12 * COMPUTE_SHARE),
     )
 
 

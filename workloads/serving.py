@@ -89,7 +89,7 @@ class Serving(pulumi.ComponentResource):
             max_lora_rank=env.max_lora_rank,
             api_keys=env.api_keys,
             tiers=env.tiers,
-            other_gpus=env.other_gpus,
+            others=env.others_places,
             namespace=args.namespace,
             service_account=args.service_account,
         )

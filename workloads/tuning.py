@@ -13,7 +13,7 @@ from typing import Any
 import pulumi
 from pulumi_kubernetes import core, meta
 
-from infra.fit import tuning_load
+from infra.fit import evaluation_context, tuning_load
 from infra.settings import Base, GpuPool, Tuning
 from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings, TuningSpec
@@ -36,10 +36,6 @@ HASH_LENGTH = 10
 EVALUATION_IMAGE = "spec.template.spec.containers[0].image"
 
 GRACE_SECONDS = 120  # for the running step, a checkpoint, and its copy in Blob
-
-# The evaluation asks for as many tokens as the longest expected answer has bytes; text has about four bytes a token.
-BYTES_PER_TOKEN = 4
-TEMPLATE_TOKENS = 64  # the chat template's, and the end of the turn
 
 # Runs what follows it in the first pod of several; in the others there is nothing left to do.
 _FIRST_ALONE = ("sh", "-c", f'test "${INDEX}" -ne 0 || exec "$@"', "first-alone")
@@ -178,10 +174,9 @@ def tuning_spec(adapter: str, settings: TuningSettings, base: Base, gradient_che
 
 def evaluation_spec(spec: TuningSpec, base: Base, serving: EngineSettings, *, store: str) -> ServingSpec:
     """How the candidate is served while it is measured: as the replicas do, at the context that its rows need."""
-    rows = spec.max_seq_length * (1 + BYTES_PER_TOKEN) + TEMPLATE_TOKENS
     return ServingSpec(
         **serving.model_dump(include=set(EngineSettings.model_fields) - {"max_model_len"}),
-        max_model_len=min(rows, base.figures.max_position_embeddings),
+        max_model_len=evaluation_context(spec.max_seq_length, base.figures),
         base_model=spec.base_model,
         base_name=base.served_name,
         store=store,
@@ -235,6 +230,7 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
                     "--store",
                     args.store,
                 ],
+                gpus=args.serving.gpus,
             )
         ],
         [
@@ -242,7 +238,7 @@ def _pod(args: TuningJobArgs, title: str, specs: pulumi.Input[str]) -> core.v1.P
             scratch("cache"),
             scratch("tmp"),
             # For each GPU what torch's and vLLM's processes, and those of NCCL, pass to each other.
-            shared_memory(f"{2 * args.tuning.gpus}Gi"),
+            shared_memory(f"{2 * max(args.tuning.gpus, args.serving.gpus)}Gi"),
             config("specs", specs),
         ],
         node_selector=gpu_node_selector(args.tuning.pool),

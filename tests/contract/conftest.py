@@ -157,11 +157,11 @@ KEYS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def replica(work: Path) -> Iterator[Replica]:
-    """One vLLM with the request layer, and its sidecar, on an empty store."""
-    spec, store, logs = work / "serving.yaml", work / "store", work / "logs"
-    logs.mkdir()
+@contextlib.contextmanager
+def running_replica(folder: Path, store: Path, **more: object) -> Iterator[Replica]:
+    """One vLLM with the request layer, and its sidecar, ready; its files below `folder`."""
+    spec, state, logs = folder / "serving.yaml", folder / "state", folder / "logs"
+    logs.mkdir(parents=True)
     settings = {
         "base_model": str(BASE),
         "store": str(store),
@@ -174,11 +174,10 @@ def replica(work: Path) -> Iterator[Replica]:
         "old_version_seconds": 1,
         "shutdown_timeout_seconds": 5,
     }
-    spec.write_text(json.dumps(settings))
+    spec.write_text(json.dumps(settings | more))
     entries = {key: {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tier": f"tier-{key}"} for key in KEYS}
-    write_json(work / "keys.json", {"tiers": {f"tier-{key}": tier for key, tier in KEYS.items()}, "clients": entries})
+    write_json(folder / "keys.json", {"tiers": {f"tier-{key}": tier for key, tier in KEYS.items()}, "clients": entries})
     port = free_ports(1)[0]
-    state = work / "state"
     command = [sys.executable, "-m", "serving", "sidecar", "--spec", str(spec), "--state", str(state)]
     command += ["--engine", f"http://127.0.0.1:{port}", "--metrics-address", "off"]
     with (logs / "sidecar.log").open("ab") as log:
@@ -193,3 +192,10 @@ def replica(work: Path) -> Iterator[Replica]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def replica(work: Path) -> Iterator[Replica]:
+    """One on an empty store."""
+    with running_replica(work, work / "store") as replica:
+        yield replica

@@ -16,6 +16,7 @@ from infra.fit import (
     Fit,
     ServingLoad,
     TuningLoad,
+    check_evaluation,
     check_serving,
     check_tuning,
     explain_serving,
@@ -31,7 +32,7 @@ from infra.fit import (
     tuning_load,
 )
 from serving.engine import vllm_command
-from serving.spec import ServingSpec
+from serving.spec import EngineSettings, ServingSpec
 from training.spec import TuningSettings
 
 A100 = sku("Standard_NC24ads_A100_v4")
@@ -457,6 +458,71 @@ def test_the_smallest_sku_fits_and_no_cheaper_one_does(model, load):
     assert smallest_sku(model, load) == min(fitting, key=lambda size: size.usd_per_hour, default=None)
 
 
+# --- several GPUs of a replica -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "each_gib"),
+    # vllm issues 15815 and 13061: what each of two GPUs says
+    [("Qwen/Qwen2.5-32B-Instruct", 30.71), ("Qwen/Qwen2.5-14B-Instruct", 13.9476)],
+)
+def test_each_of_two_gpus_holds_the_weights_that_vllm_logs(model, each_gib):
+    found = serving_fit(MODELS[model], A100, replace(SERVING, gpus=2))
+    weights = gib(found, "weights")
+    assert weights < each_gib < weights + gib(found, "NCCL"), "0.19 GiB in both: what the two need to talk"
+
+
+def test_each_gpu_has_its_part_of_all_but_what_is_on_each():
+    one, four, eight = (serving_fit(LLAMA_8B, A100, replace(SERVING, gpus=gpus)) for gpus in (1, 4, 8))
+    assert gib(one, "weights") == 4 * gib(four, "weights") == 8 * gib(eight, "weights")
+    assert gib(one, "KV cache") == 4 * gib(four, "KV cache") == 8 * gib(eight, "KV cache")
+    assert gib(one, "LoRA slots") / 4 < gib(four, "LoRA slots") < gib(one, "LoRA slots"), "one of two matrices is whole"
+    assert gib(four, "CUDA graphs") == gib(one, "CUDA graphs")
+    assert {term.name for term in four.terms} - {term.name for term in one.terms} == {"NCCL"}
+    two = LLAMA_8B.model_copy(update={"num_key_value_heads": 2})
+    held = [gib(serving_fit(two, A100, replace(SERVING, gpus=gpus)), "KV cache") for gpus in (2, 4)]
+    assert held[0] == held[1], "with fewer heads than GPUs, several hold the same one"
+
+
+def test_what_one_gpu_cannot_hold_is_told_with_the_gpus_that_can():
+    large = MODELS["meta-llama/Llama-3.3-70B-Instruct"]
+    (told,) = serve(large, "Standard_NC96ads_A100_v4")
+    assert "what fits: gpus 4 for each replica" in told
+    assert serve(large, "Standard_NC96ads_A100_v4", gpus=4) == []
+    (told,) = serve(large, "Standard_NC48ads_A100_v4", gpus=2)
+    assert "of the 71.2 GiB that vLLM may take of each of 2 GPUs (gpu_memory_utilization 0.9)" in told
+    (told,) = serve(large, gpus=2)
+    assert told.endswith("gpus 2 of one node, which has 1")
+
+
+def test_heads_are_shared_out_whole():
+    seven = MODELS["Qwen/Qwen2.5-7B-Instruct"]
+    (told,) = serve(seven, "Standard_ND96isr_H100_v5", gpus=8)
+    assert told.endswith(
+        "its 28 query heads, 4 key and value heads and 18944 inner columns cannot be shared out among 8 GPUs: gpus 4"
+    )
+    assert serve(seven, "Standard_ND96isr_H100_v5", gpus=4) == []
+    assert smallest_sku(seven, replace(SERVING, gpus=8)) is None
+
+
+def evaluate(model: Architecture, size: str, **settings: Any) -> list[str]:
+    engine = EngineSettings.model_validate(settings)
+    return check_evaluation("triage", TuningSettings(dataset="d", load_in_4bit=True), engine, model, [size])
+
+
+def test_what_is_tuned_in_4_bits_may_be_too_large_to_be_evaluated_there():
+    assert tune(size=T4.name, load_in_4bit=True, per_device_train_batch_size=1) == []
+    (told,) = evaluate(LLAMA_8B, T4.name, dtype="float16")
+    assert told.startswith("evaluating triage on Standard_NC4as_T4_v3, as it is served: vLLM would not start: ")
+    assert told.endswith("tune in a pool with larger ones, or raise serving.gpus")
+    assert evaluate(LLAMA_8B, "Standard_NC64as_T4_v3", dtype="float16", gpus=4) == []
+    (told,) = evaluate(LLAMA_8B, T4.name, dtype="float16", gpus=4)
+    assert told.endswith("serving.gpus 4 of one node, which has 1: tune in a pool that has them")
+    (told,) = evaluate(LLAMA_3B, T4.name, dtype="bfloat16")
+    assert told.endswith("cannot compute in bfloat16; set dtype to float16 or auto")
+    assert evaluate(LLAMA_8B, A100.name) == []
+
+
 # --- what people are told ------------------------------------------------------------------------------------------
 
 
@@ -529,9 +595,12 @@ def test_where_not_one_row_fits_the_longest_single_row_is_told():
 
 
 def test_a_model_that_no_gpu_holds():
-    (told,) = serve(MODELS["meta-llama/Llama-3.3-70B-Instruct"])
-    assert "weights 131.4" in told and told.endswith("no GPU of the catalogue holds it: a smaller model")
-    assert "would start" not in told
+    large = MODELS["meta-llama/Llama-3.3-70B-Instruct"]
+    (told,) = serve(large)
+    assert "weights 131.4" in told and "would start" not in told
+    assert told.endswith("what fits: Standard_NC96ads_A100_v4 ($14.69/h) with gpus 4")
+    (told,) = serve(large.model_copy(update={"num_hidden_layers": 2000}))
+    assert told.endswith("no GPU of the catalogue holds it: a smaller model")
 
 
 def test_a_context_beyond_the_model():
@@ -601,6 +670,9 @@ def test_command_compares_all_sizes(capsys):
     assert lines[A100.name].count(" yes") == 2 and lines[T4.name].count(" no") == 2
     assert lines["Standard_ND96asr_v4"].endswith(" yes*") and "*: with gradient checkpointing" in told
     assert main(["--model", "meta-llama/Llama-3.1-70B", "--sku", "all"]) == exits.FAILED
+    told = capsys.readouterr().out
+    assert next(line.split()[0] for line in told.splitlines() if " yes x4 " in line) == "Standard_NC96ads_A100_v4"
+    assert main(["--model", "meta-llama/Llama-3.1-70B", "--sku", "all", "--load-in-4bit"]) == exits.OK
 
 
 def test_command_takes_a_config_json(tmp_path, capsys):

@@ -233,3 +233,46 @@ def test_the_label_told_to_clients_is_the_one_that_the_network_policy_asks_for()
     policy = next(item for item in stack("dev").of(":NetworkPolicy") if item.inputs["metadata"]["name"] == "router")
     peers = [peer for rule in policy.inputs["spec"]["ingress"] for peer in rule["from"]]
     assert {"namespaceSelector": {"matchLabels": {"drydock/client": "true"}}} in peers
+
+
+LARGE = {
+    "drydock:base": {"model": "meta-llama/Llama-3.3-70B-Instruct", "revision": "0" * 40},
+    "drydock:pools": {"a100": {"vm_size": "Standard_NC96ads_A100_v4", "spot": True, "max_nodes": 3}},
+}
+
+
+def large(*, four_bits: bool, gpus: int) -> dict[str, Any]:
+    dev = config_of("dev")
+    adapter = dev["drydock:adapters"]["kubectl"] | {"load_in_4bit": four_bits}
+    return LARGE | {
+        "drydock:adapters": {"kubectl": adapter},
+        "drydock:serving": dev["drydock:serving"] | {"gpus": gpus},
+    }
+
+
+def test_a_model_beyond_one_gpu_is_served_by_four_and_tuned_in_4_bits_by_one() -> None:
+    seen = deployed("dev", large(four_bits=True, gpus=4))
+    (replicas,) = (item.inputs for item in seen.of(":Deployment") if item.inputs["metadata"]["name"] == "engine")
+    (engine,) = replicas["spec"]["template"]["spec"]["containers"]
+    assert engine["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    pod = next(item for item in seen.of(":Job") if "tune-kubectl" in item.name).inputs["spec"]["template"]["spec"]
+    asked = {
+        item["name"]: item["resources"]["limits"].get("nvidia.com/gpu")
+        for item in [*pod["initContainers"], *pod["containers"]]
+    }
+    assert asked["tune"] == "1" and asked["evaluate"] == "4", "it is measured as it is served"
+
+
+def test_where_it_does_not_fit_each_setting_has_its_way_out() -> None:
+    with pytest.raises(pulumi.RunError) as caught:
+        deployed("dev", large(four_bits=False, gpus=1))
+    told = str(caught.value)
+    assert "serving.max_model_len: serving meta-llama/Llama-3.3-70B-Instruct on Standard_NC96ads_A100_v4: about" in told
+    assert "what fits: gpus 4 for each replica" in told
+    assert (
+        "adapters.kubectl: tuning kubectl on Standard_NC96ads_A100_v4: about" in told and "load_in_4bit: true" in told
+    )
+    assert (
+        "adapters.kubectl: evaluating kubectl on Standard_NC96ads_A100_v4, as it is served: vLLM would not start"
+        in told
+    )

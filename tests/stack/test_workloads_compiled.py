@@ -167,7 +167,7 @@ def environment(serving: dict[str, Any], **pool: Any) -> Environment:
 )
 def test_there_is_one_where_it_is_wanted_and_a_gpu_is_spare(serving: dict[str, Any], nodes: int, kept: bool) -> None:
     env = environment(serving, max_nodes=nodes)
-    assert env.other_gpus == 1
+    assert env.others_places == 1
     assert env.compiles is kept
     assert env.finds_compiled is (serving in ({}, {"min_replicas": 0}))  # the numbers roll no replica
 

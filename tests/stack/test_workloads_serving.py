@@ -27,6 +27,7 @@ from workloads.engine import (
     rollout,
     startup_failures,
 )
+from workloads.placement import gpu_share
 
 POOL = GpuPool(vm_size="Standard_NC24ads_A100_v4", max_nodes=3, spot=True)
 BASE = Base(model="meta-llama/Llama-3.1-8B-Instruct", revision="0" * 40, served_name="llama")
@@ -186,7 +187,7 @@ def test_the_pod_asks_for_one_gpu_and_no_more_than_its_share_of_the_node() -> No
 
 @pytest.mark.parametrize("vm_size", ["Standard_NC4as_T4_v3", "Standard_NV6ads_A10_v5", "Standard_NC96ads_A100_v4"])
 def test_the_smallest_share_leaves_the_engine_something(vm_size: str) -> None:
-    share = engine_share(GpuPool(vm_size=vm_size, os_disk_gib=128))
+    share = engine_share(GpuPool(vm_size=vm_size, os_disk_gib=128), 1)
     assert int(share.cpu.removesuffix("m")) >= 2000
     assert int(share.memory.removesuffix("Gi")) >= 16
 
@@ -239,6 +240,21 @@ def test_a_rollout_surges_only_onto_a_gpu_that_can_be_had(
     settings = SETTINGS.model_copy(update={"max_replicas": replicas, "min_replicas": 1})
     found = rollout(settings, pool, others)
     assert (found.max_surge, found.max_unavailable) == (surge, unavailable)
+
+
+def test_a_replica_of_several_gpus_asks_for_their_share_of_one_node_and_room_to_talk() -> None:
+    pool = POOL.model_copy(update={"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": 2})
+    two = declared(args(SETTINGS.model_copy(update={"gpus": 2}), pool))
+    asked = container(two, "engine")["resources"]
+    assert asked["requests"]["nvidia.com/gpu"] == asked["limits"]["nvidia.com/gpu"] == "2"
+    share = gpu_share(pool, 2)
+    sidecar = container(two, "sidecar")["resources"]["requests"]
+    assert int(asked["requests"]["memory"][:-2]) + int(sidecar["memory"][:-2]) == int(share.memory[:-2])
+    (shm,) = (item for item in pod(two)["volumes"] if item["name"] == "shm")
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "4Gi"}
+    assert spec_of(two)["gpus"] == 2
+    three = SETTINGS.model_copy(update={"gpus": 2, "max_replicas": 3})  # of four for which there is room
+    assert [rollout(three, pool, others).max_surge for others in (0, 1)] == [1, 0]
 
 
 def test_gpus_count_and_not_nodes() -> None:

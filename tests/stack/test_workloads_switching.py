@@ -90,7 +90,7 @@ def test_new_first_needs_gpus_for_both(nodes: int, fits: bool, runtime: dict[str
         assert environment(wanted, pools=pool(max_nodes=nodes)).serving.new_first
         return
     with pytest.raises(
-        SettingsError, match=r"serving\.new_first: new and old replicas are 4 GPUs, but pool a100 has 3"
+        SettingsError, match=r"serving\.new_first: 4 replicas, new and old, but pool a100 has room for 3 at"
     ):
         environment(wanted, pools=pool(max_nodes=nodes))
 

@@ -308,7 +308,7 @@ def test_a_pool_has_the_nodes_that_are_needed_at_once(nodes: int, pool: str, ada
 def test_all_nodes_of_a_job_count_among_what_tuning_may_hold_of_the_serving_pool():
     pools = json.dumps({"a100": {"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": 4}})
     env = environment(pools=pools, tuning=json.dumps({"pool": "a100", "gpus": 4, "nodes": 3}))
-    assert env.other_gpus == 12
+    assert env.others_places == 12
 
 
 def test_the_root_is_read_only_and_all_that_is_written_lies_in_volumes(seen: Recorder):

@@ -87,6 +87,7 @@ def test_the_lines_are_what_the_settings_say_times_the_price() -> None:
         ({"min_nodes": 1, "max_nodes": 4}, {"min_replicas": 0}, (1, 4)),
         ({"min_nodes": 1, "max_nodes": 4}, {"min_replicas": 3, "max_replicas": 4}, (3, 4)),
         ({"vm_size": A100_TWICE, "max_nodes": 4}, {"min_replicas": 3, "max_replicas": 3}, (2, 4)),
+        ({"vm_size": A100_TWICE, "max_nodes": 4}, {"min_replicas": 3, "max_replicas": 3, "gpus": 2}, (3, 4)),
     ],
 )
 def test_nodes_stay_for_min_nodes_and_for_min_replicas(

@@ -53,6 +53,12 @@ def test_the_command_says_what_the_spec_says() -> None:
     assert "--trust-request-chat-template" not in given
 
 
+def test_gpus_that_hold_a_replica_together_are_told_to_vllm_and_to_what_is_compiled() -> None:
+    assert "--tensor-parallel-size" not in flags(spec())
+    assert flags(spec(gpus=4))["--tensor-parallel-size"] == ["4"]
+    assert graph_arguments(spec(gpus=4)) != graph_arguments(spec())
+
+
 def test_a_gpu_gets_its_share_of_memory_and_a_cpu_its_cache_in_bytes_without_a_compiler() -> None:
     cuda, cpu = flags(spec(gpu_memory_utilization=0.8)), flags(spec(device="cpu", cpu_kv_cache_mib=256))
     assert cuda["--gpu-memory-utilization"] == ["0.8"]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from common.settings import SettingsError
-from infra.settings import SECRETS, Environment, described, read_environment
+from infra.settings import SECRETS, Environment, GpuPool, Serving, described, read_environment, replica_room
 
 ROOT = Path(__file__).parents[2]
 STACKS = sorted(path.name.split(".")[1] for path in ROOT.glob("Pulumi.*.yaml"))
@@ -104,10 +104,38 @@ def test_every_size_of_the_pool_has_the_gpus_that_tune_together(tmp_path: Path) 
     assert told.endswith("tuning.gpus: 4 GPUs of one node, but Standard_NC80adis_H100_v5 of pool a100 has 2: lower it")
 
 
-def test_tuning_jobs_may_hold_all_their_gpus_of_the_serving_pool() -> None:
-    pool = json.dumps({"a100": {"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": 2}})
-    env = environment(pools=pool, tuning=json.dumps({"pool": "a100", "gpus": 4}))
-    assert (env.tuning.gpus, env.other_gpus) == (4, 4)
+@pytest.mark.parametrize(
+    ("size", "nodes", "gpus", "room"),
+    [
+        ("Standard_NC24ads_A100_v4", 3, 1, 3),
+        ("Standard_NC96ads_A100_v4", 3, 2, 6),
+        ("Standard_ND96isr_H100_v5", 2, 8, 2),
+        ("Standard_NC48ads_A100_v4", 5, 4, 0),  # two nodes have four GPUs, but no replica is on two nodes
+    ],
+)
+def test_a_replica_has_its_gpus_on_one_node(size: str, nodes: int, gpus: int, room: int) -> None:
+    assert replica_room(Serving(pool="a", gpus=gpus), GpuPool(vm_size=size, max_nodes=nodes)) == room
+
+
+@pytest.mark.parametrize(
+    ("tuning", "serving", "places"),
+    [
+        ({"gpus": 4}, {}, 4),
+        ({"gpus": 1}, {"gpus": 2}, 1),  # one GPU tunes, two evaluate
+        ({"gpus": 4}, {"gpus": 2}, 2),
+        ({"gpus": 4, "nodes": 2}, {"gpus": 4}, 2),
+    ],
+)
+def test_tuning_jobs_may_be_in_the_place_of_replicas(
+    tuning: dict[str, Any], serving: dict[str, Any], places: int
+) -> None:
+    pool = json.dumps({"a100": {"vm_size": "Standard_NC96ads_A100_v4", "max_nodes": 3}})
+    env = environment(
+        pools=pool,
+        tuning=json.dumps({"pool": "a100"} | tuning),
+        serving=json.dumps({"pool": "a100", "min_replicas": 1, "max_replicas": 1} | serving),
+    )
+    assert env.others_places == places
 
 
 def test_several_adapters_share_one_base() -> None:
@@ -148,10 +176,12 @@ def test_a_mistake_is_told_with_line_and_remedy(tmp_path: Path, edit: tuple[str,
         (("serving: {pool: a100", "serving: {pool: h100"), "serving.pool: h100 is not among the pools (a100)"),
         (("{authorized_ip_ranges", "{private: true, authorized_ip_ranges"), "a private API server has no public address"),
         (("network: {authorized_ip_ranges: [198.18.0.7/32]}", "network: {}"), "required for a public API server"),
-        (("max_nodes: 2", "max_nodes: 1"), "2 replicas need as many GPUs, but pool a100 has 1 at most: raise pools.a100.max_nodes"),
+        (("max_nodes: 2", "max_nodes: 1"), "serving.max_replicas: 2 replicas, but pool a100 has room for 1 at most: raise pools.a100.max_nodes or lower it"),
         (("max_nodes: 2", "alternatives: [Standard_NC40ads_H100_v5]\n      max_nodes: 2"), "an agent pool has one size: set cluster.provisioning: automatic"),
         (("max_nodes: 2", "max_nodes: 2\n      min_nodes: 1\n  drydock:cluster: {provisioning: automatic}"), "pools.a100.min_nodes: nodes that stay without work need"),
         (("tuning: {pool: a100}", "tuning: {pool: a100, gpus: 4}"), "tuning.gpus: 4 GPUs of one node, but Standard_NC24ads_A100_v4 of pool a100 has 1: lower it, or take Standard_NC96ads_A100_v4, which has 4"),
+        (("serving: {pool: a100", "serving: {gpus: 3, pool: a100"), "serving.gpus: should be 1, 2, 4 or 8, as nodes have GPUs, found 3"),
+        (("serving: {pool: a100", "serving: {gpus: 4, pool: a100"), "serving.gpus: 4 GPUs of one node, but Standard_NC24ads_A100_v4 of pool a100 has 1: lower it, or take Standard_NC96ads_A100_v4, which has 4"),
         (("{authorized_ip_ranges: [198.18.0.7/32]}", "{private: true}"), "network.outbound: in a private environment images are built inside"),
         (("domain-llama", "base"), "base.served_name: base is also the name of an adapter"),
         (("max_nodes: 2", "max_nodes: 3\n      spot: true"), "is a spot pool, which may lose all replicas at once"),
