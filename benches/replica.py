@@ -46,6 +46,12 @@ class Server:
     key: str = field(default_factory=lambda: secrets.token_hex(16))
     port: int = field(default_factory=lambda: free_ports(1)[0])
     engine: subprocess.Popen[bytes] | None = None
+    sidecar: subprocess.Popen[bytes] | None = None
+
+    @property
+    def groups(self) -> list[int]:
+        """Process groups of the engine and, after it, of the sidecar."""
+        return [each.pid for each in (self.engine, self.sidecar) if each]
 
     @property
     def url(self) -> str:
@@ -68,7 +74,7 @@ class Server:
     def start_sidecar(self) -> None:
         """The sidecar beside our engine."""
         command = python("serving", "sidecar", *self._shared(), "--engine", self.url, "--metrics-address", "off")
-        self.processes.start(command, log=self.folder / "sidecar.log")
+        self.sidecar = self.processes.start(command, log=self.folder / "sidecar.log")
 
     def start_bare(self, adapters: Mapping[str, Path]) -> None:
         """vLLM without our layer; `adapters` (name to PEFT folder) are loaded at start."""
@@ -78,13 +84,6 @@ class Server:
     def wait(self, path: str) -> float:
         """Seconds until GET `path` is answered with 200. Raises RuntimeError with the log's end if it never is."""
         return wait_for(lambda: is_ok(self.url + path), START_SECONDS, f"{self.url}{path}", self.check)
-
-    def cpu_seconds(self) -> float:
-        """CPU time that the engine and its processes have taken, those that still run."""
-        assert self.engine
-        process = psutil.Process(self.engine.pid)
-        times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-        return sum(each.user + each.system for each in times)
 
     def stop(self) -> None:
         """End the engine; the sidecar stays."""
@@ -112,6 +111,13 @@ class Server:
             log = self.folder / "engine.log"
             tail = log.read_text(errors="replace").splitlines()[-12:]
             raise RuntimeError("\n".join([f"the server ended with {code}; the end of {log}:", *tail]))
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a server and its processes have taken, those that still run."""
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def spec_of(store: Path, adapters: tuple[str, ...] = (ADAPTER,), **more: Any) -> ServingSpec:

