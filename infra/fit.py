@@ -173,7 +173,7 @@ def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
     """The estimate for each GPU of `size` that has a part in one vLLM replica."""
     width = 4 if load.dtype == "float32" else 2
     gpu, gpus = size.gpu, load.gpus
-    shared = f" / {gpus} GPUs" if gpus > 1 else ""
+    shared, parted = (f" / {gpus} GPUs", f", one of the two / {gpus} GPUs") if gpus > 1 else ("", "")
     heads = max(1, model.num_key_value_heads // gpus)  # with fewer heads than GPUs, several have the same one
     kv_size = heads * model.head_size
     page_bytes = 2 * model.num_hidden_layers * kv_size * width * KV_PAGE_TOKENS
@@ -207,10 +207,7 @@ def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
         Term(
             "LoRA slots",
             load.lora_slots * rank * (adapted + embedded) * width / GIB,
-            f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers, one of the two{shared}) x "
-            f"{width} bytes"
-            if shared
-            else f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers) x {width} bytes",
+            f"{load.lora_slots} slots x rank {rank} x (inputs + outputs of all layers{parted}) x {width} bytes",
             "vllm/lora/layers, lora_a_stacked and lora_b_stacked",
         ),
         Term(
@@ -374,9 +371,8 @@ def explain_serving(model: Architecture, size: Sku, load: ServingLoad) -> list[s
         remedies.append(f"max_model_len {context} at max_num_seqs {load.concurrency}")
     if requests := largest_concurrency(model, size, load):
         remedies.append(f"max_num_seqs {requests} at max_model_len {load.context}")
-    each = f" of each of {load.gpus} GPUs" if load.gpus > 1 else ""
     share = f"gpu_memory_utilization {load.gpu_memory_utilization}"
-    limit = f"the {fit.available_gib:.1f} GiB that vLLM may take{each} ({share})"
+    limit = f"the {fit.available_gib:.1f} GiB that vLLM may take{_of_each(load.gpus)} ({share})"
     note = "; vLLM would start, but preempt requests when it is full" if fit.starts else ""
     cheapest = _priced(smallest_sku(model, load))
     if not cheapest and not remedies:
@@ -437,28 +433,31 @@ def explain_tuning(model: Architecture, size: Sku, load: TuningLoad) -> list[str
     return [_does_not_fit(fit, limit, [*remedies, *_priced(smallest_sku(model, load))], note)]
 
 
+def serving_load(settings: EngineSettings, adapters: int, lora_rank: int) -> ServingLoad:
+    """What a replica with these settings must hold."""
+    return ServingLoad(
+        settings.max_model_len,
+        settings.max_num_seqs,
+        lora_slots(adapters),
+        lora_rank,
+        settings.dtype,
+        settings.gpu_memory_utilization,
+        settings.gpus,
+    )
+
+
 def check_serving(
-    model_name: str,
-    architecture: Architecture,
-    sku_name: str,
-    *,
-    context: int,
-    concurrency: int,
-    adapters: int,
-    lora_rank: int,
-    dtype: Dtype = "auto",
-    gpu_memory_utilization: float = 0.9,
-    gpus: int = 1,
+    model_name: str, architecture: Architecture, sku_name: str, settings: EngineSettings, adapters: int, lora_rank: int
 ) -> list[str]:
-    """Problems of serving `architecture` on `gpus` of a `sku_name`, ready to print; empty when it fits."""
+    """Problems of serving `architecture` on a `sku_name`, ready to print; empty when it fits."""
     if lora_rank > MAX_LORA_RANK:
         return [f"serving {model_name}: rank {lora_rank} is beyond {MAX_LORA_RANK}, the most that vLLM serves"]
     try:
         size = sku(sku_name)
     except ValueError as error:
         return [str(error)]
-    load = ServingLoad(context, concurrency, lora_slots(adapters), lora_rank, dtype, gpu_memory_utilization, gpus)
-    return [f"serving {model_name} on {sku_name}: {text}" for text in explain_serving(architecture, size, load)]
+    found = explain_serving(architecture, size, serving_load(settings, adapters, lora_rank))
+    return [f"serving {model_name} on {sku_name}: {text}" for text in found]
 
 
 def check_tuning(
@@ -495,15 +494,7 @@ def check_evaluation(
     """
     found = []
     context = evaluation_context(settings.max_seq_length, architecture)
-    load = ServingLoad(
-        context,
-        serving.max_num_seqs,
-        lora_slots(1),
-        settings.lora_r,
-        serving.dtype,
-        serving.gpu_memory_utilization,
-        serving.gpus,
-    )
+    load = serving_load(serving.model_copy(update={"max_model_len": context}), 1, settings.lora_r)
     for name in sizes:
         size = sku(name)
         what = f"evaluating {adapter_name} on {name}, as it is served:"
@@ -516,7 +507,7 @@ def check_evaluation(
         elif not (fit := serving_fit(architecture, size, load)).starts:
             found.append(
                 f"{what} vLLM would not start: {fit.minimum_gib:.1f} GiB are needed of the {fit.available_gib:.1f} GiB "
-                f"that it may take of each of {load.gpus} GPUs: tune in a pool with larger ones, or raise serving.gpus"
+                f"that it may take{_of_each(load.gpus)}: tune in a pool with larger GPUs, or raise serving.gpus"
             )
     return found
 
@@ -549,6 +540,10 @@ def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _of_each(gpus: int) -> str:
+    return f" of each of {gpus} GPUs" if gpus > 1 else ""
 
 
 def _priced(size: Sku | None) -> list[str]:

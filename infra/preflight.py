@@ -100,16 +100,7 @@ def _fit(env: Environment) -> Iterator[str]:
     serving, pool = env.serving, env.pools[env.serving.pool]
     for size in pool.sizes if serving.device == "cuda" else ():
         found = check_serving(
-            env.base.model,
-            env.base.figures,
-            size,
-            context=serving.max_model_len,
-            concurrency=serving.max_num_seqs,
-            adapters=len(env.adapters),
-            lora_rank=env.max_lora_rank,
-            dtype=serving.dtype,
-            gpu_memory_utilization=serving.gpu_memory_utilization,
-            gpus=serving.gpus,
+            env.base.model, env.base.figures, size, serving, adapters=len(env.adapters), lora_rank=env.max_lora_rank
         )
         yield from (f"serving.max_model_len: {line}" for line in found)
     pool = env.pools[env.tuning.pool]

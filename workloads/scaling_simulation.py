@@ -30,7 +30,7 @@ from typing import Any
 from common import cli, exits
 from common.settings import SettingsError
 from infra import offline
-from infra.fit import GIB, ServingLoad, lora_slots, serving_fit
+from infra.fit import GIB, serving_fit, serving_load
 from infra.settings import Environment
 from serving.spec import Tier
 from workloads.autoscaler import SYNC_SECONDS, Autoscaler
@@ -80,15 +80,7 @@ def speed(env: Environment) -> Speed:
     serving, model, size = env.serving, env.base.figures, env.pools[env.serving.pool].sku
     if serving.device != "cuda":
         raise SettingsError(["serving.device: cpu has no figures here: simulate an environment with GPUs"])
-    load = ServingLoad(
-        serving.max_model_len,
-        serving.max_num_seqs,
-        lora_slots(len(env.adapters)),
-        env.max_lora_rank,
-        serving.dtype,
-        serving.gpu_memory_utilization,
-        serving.gpus,
-    )
+    load = serving_load(serving, len(env.adapters), env.max_lora_rank)
     fit = serving_fit(model, size, load)
     width = 4 if serving.dtype == "float32" else 2
     heads = max(1, model.num_key_value_heads // serving.gpus)  # of each GPU

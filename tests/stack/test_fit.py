@@ -309,9 +309,8 @@ def test_lora_slots_are_those_of_the_engine():
     spec = ServingSpec(base_model="m", store="s", adapters=("a", "b", "c"))
     command = vllm_command(spec, host="127.0.0.1", port=1)
     four = int(command[command.index("--max-loras") + 1])
-    question: dict[str, Any] = {"context": 131072, "concurrency": 64, "lora_rank": 512}
-    (told,) = check_serving("m", LLAMA_8B, A100.name, adapters=3, **question)
-    wanted = serving_fit(LLAMA_8B, A100, ServingLoad(lora_slots=four, **question))
+    (told,) = serve(context=131072, adapters=3, lora_rank=512)
+    wanted = serving_fit(LLAMA_8B, A100, ServingLoad(131072, 64, lora_slots=four, lora_rank=512))
     assert f"about {wanted.total_gib:.1f} GiB" in told
     assert gib(wanted, "LoRA slots") > 8  # so that one slot more or less shows in the total
 
@@ -514,7 +513,7 @@ def test_what_is_tuned_in_4_bits_may_be_too_large_to_be_evaluated_there():
     assert tune(size=T4.name, load_in_4bit=True, per_device_train_batch_size=1) == []
     (told,) = evaluate(LLAMA_8B, T4.name, dtype="float16")
     assert told.startswith("evaluating triage on Standard_NC4as_T4_v3, as it is served: vLLM would not start: ")
-    assert told.endswith("tune in a pool with larger ones, or raise serving.gpus")
+    assert told.endswith("tune in a pool with larger GPUs, or raise serving.gpus")
     assert evaluate(LLAMA_8B, "Standard_NC64as_T4_v3", dtype="float16", gpus=4) == []
     (told,) = evaluate(LLAMA_8B, T4.name, dtype="float16", gpus=4)
     assert told.endswith("serving.gpus 4 of one node, which has 1: tune in a pool that has them")
@@ -526,9 +525,18 @@ def test_what_is_tuned_in_4_bits_may_be_too_large_to_be_evaluated_there():
 # --- what people are told ------------------------------------------------------------------------------------------
 
 
-def serve(model: Architecture = LLAMA_8B, size: str = A100.name, **changes: Any) -> list[str]:
-    question: dict[str, Any] = {"context": 4096, "concurrency": 64, "adapters": 2, "lora_rank": 16, **changes}
-    return check_serving("base", model, size, **question)
+def serve(
+    model: Architecture = LLAMA_8B,
+    size: str = A100.name,
+    *,
+    context: int = 4096,
+    concurrency: int = 64,
+    adapters: int = 2,
+    lora_rank: int = 16,
+    **more: Any,
+) -> list[str]:
+    settings = EngineSettings(max_model_len=context, max_num_seqs=concurrency, **more)
+    return check_serving("base", model, size, settings, adapters, lora_rank)
 
 
 def tune(model: Architecture = LLAMA_8B, size: str = A100.name, **changes: Any) -> list[str]:
