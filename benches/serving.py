@@ -146,7 +146,7 @@ def measure(folder: Path, blocks: int, rounds: int, singles: int) -> dict[str, A
                 promoted = [_promote_seconds(ours, run, store, note) for note in range(3)]
                 result["promote_seconds"] = {"median": statistics.median(promoted), "each": promoted}
                 _say(f"tag to traffic: {', '.join(f'{each:.2f}' for each in promoted)} s")
-            targets = {name: {"target": _target(each), "groups": each.groups} for name, each in servers.items()}
+            targets = {name: {"url": of.url, "key": of.key, "groups": of.groups} for name, of in servers.items()}
             for mode, seen in load.items():
                 seen.append(_apart("in_turn", targets=targets, stream=mode == "streaming", rounds=rounds))
                 speeds = seen[-1]["tokens"].items()
@@ -209,7 +209,7 @@ def _promote_seconds(server: Server, run: Path, store: Path, note: int) -> float
 
 
 def _throughput(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Ours / bare of what `_load` saw in each block, and the medians of both."""
+    """Ours / bare of what `in_turn` saw in each block, and the medians of both."""
 
     def ratios(what: str) -> list[list[float]]:
         return [[ours / bare for ours, bare in zip(of[what]["ours"], of[what]["bare"], strict=True)] for of in blocks]
@@ -244,10 +244,6 @@ def of_blocks(blocks: Sequence[Sequence[float]]) -> dict[str, float]:
     drawn = [draw() for _ in range(RESAMPLES)]
     value = statistics.median(itertools.chain.from_iterable(blocks))
     return {"value": value, "low": percentile(drawn, 2.5), "high": percentile(drawn, 97.5)}
-
-
-def _target(server: Server) -> list[str]:
-    return [server.url, server.key]
 
 
 def _body(source: PromptSource, number: int, *, tokens: int, stream: bool = False) -> dict[str, Any]:
@@ -300,8 +296,8 @@ async def alone(name: str, targets: Mapping[str, Any]) -> AsyncIterator[Any]:
         os.killpg(group, signal.SIGSTOP)
     try:
         await asyncio.sleep(SETTLE_SECONDS)
-        url, key = targets[name]["target"]
-        async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as client:
+        key = {"Authorization": f"Bearer {targets[name]['key']}"}
+        async with aiohttp.ClientSession(targets[name]["url"], headers=key) as client:
             yield client
     finally:
         for group in others:
@@ -412,8 +408,9 @@ async def layer(folder: Path) -> dict[str, float]:
 def _agreement(processes: Processes, server: Server, folder: Path) -> dict[str, Any]:
     """Both clients in turn at the same concurrency, on prompts of one kind, each prompt new to the prefix cache.
 
-    Answers have one length. The first requests are left out of the time to first token: vLLM's benchmark sends
-    `CONCURRENCY` at once, Locust starts its users one after another.
+    Answers end by themselves: of one length, vLLM's benchmark, which sends the first `CONCURRENCY` at once, would send
+    all others in such waves as well, and Locust, which starts its users one after another, never (seen: 20 % of the
+    time to first token). So these first ones are left out of it.
     """
     seen: dict[str, list[dict[str, float]]] = {"vllm": [], "stress": []}
     for number in range(CLIENT_ROUNDS):
@@ -461,7 +458,7 @@ def _vllm_bench(processes: Processes, server: Server, folder: Path, seed: int) -
     write_json(folder / "prompts.json", talks)
     command = vllm_bench(
         server.url, "--model", ADAPTER, "--dataset-name", "sharegpt", "--dataset-path", str(folder / "prompts.json"),
-        "--sharegpt-output-len", str(ANSWER_TOKENS), "--ignore-eos", "--num-prompts", str(CLIENT_REQUESTS),
+        "--sharegpt-output-len", str(ANSWER_TOKENS), "--num-prompts", str(CLIENT_REQUESTS),
         "--max-concurrency", str(CONCURRENCY), "--ready-check-timeout-sec", "0", "--save-result", "--save-detailed",
         "--result-dir", str(folder), "--result-filename", "result.json", "--disable-tqdm",
     )  # fmt: skip
@@ -469,7 +466,12 @@ def _vllm_bench(processes: Processes, server: Server, folder: Path, seed: int) -
     result = read_json(folder / "result.json")
     if result["failed"]:
         raise RuntimeError(f"{result['failed']} requests of vLLM's benchmark failed: {folder / 'result.json'}")
-    gaps = [gap * 1000 for itls in result["itls"] for gap in itls[1:]]  # the first is that from the role to the text
+    # Its gaps begin with that from the role to the text; an answer that ends by itself ends with a chunk without text.
+    gaps = [
+        gap * 1000
+        for itls, length in zip(result["itls"], result["output_lens"], strict=True)
+        for gap in (itls[1:] if length == ANSWER_TOKENS else itls[1:-1])
+    ]
     ttft = [each * 1000 for each in result["ttfts"][CONCURRENCY:]]
     return _figures(result["request_throughput"], result["output_throughput"], ttft, gaps)
 
@@ -482,8 +484,7 @@ def _stress(processes: Processes, server: Server, folder: Path, seed: int) -> di
         "max_tokens": ANSWER_TOKENS, "seed": seed,
     }  # fmt: skip
     options = [text for name, value in arguments.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = python("stress", "run", *options, "--ignore-eos")
-    _run(processes, command, folder / "log", {"DRYDOCK_API_KEY": server.key})
+    _run(processes, python("stress", "run", *options), folder / "log", {"DRYDOCK_API_KEY": server.key})
     rows = list(read_jsonl(folder / "stress" / "stress" / "requests.jsonl"))
     summary = read_json(folder / "stress" / "stress" / "summary.json")
     rows.sort(key=lambda row: row["started_at"])
