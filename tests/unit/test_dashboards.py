@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.unit.promql import metrics
 from tests.unit.test_environment import environment
@@ -27,6 +31,34 @@ def test_the_three_are_there_and_can_be_told_apart() -> None:
     for key in ("uid", "title"):
         assert len({board[key] for board in BOARDS.values()}) == 3
     assert all(len(board["uid"]) <= 40 for board in BOARDS.values())  # Grafana's limit
+
+
+def lost(given: Any, kept: Any, path: str = "") -> Iterator[str]:
+    """The paths of what is in `given` and not, or not the same, in `kept`."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for key, value in given.items():
+            yield from lost(value, kept.get(key), f"{path}.{key}")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for number, (one, other) in enumerate(zip(given, kept, strict=True)):
+            yield from lost(one, other, f"{path}[{number}]")
+    elif given != kept:
+        yield path
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_grafanas_own_schema_knows_every_field(name: str) -> None:
+    register_default_plugins()  # the options of each kind of panel, and Prometheus's of a query
+
+    def through(board: Any) -> Any:
+        return json.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+
+    board = json.loads(json.dumps(BOARDS[name]))
+    assert list(lost(board, through(board))) == []
+    panel = next(item for item in board["panels"] if item["type"] != "row")
+    panel["fieldConfig"]["defaults"]["units"] = panel["options"]["colour"] = panel["targets"][0]["query"] = "x"
+    number = board["panels"].index(panel)
+    wrong = ("fieldConfig.defaults.units", "options.colour", "targets[0].query")
+    assert sorted(lost(board, through(board))) == [f".panels[{number}].{each}" for each in wrong]
 
 
 @pytest.mark.parametrize("name", BOARDS)
