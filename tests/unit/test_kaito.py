@@ -66,6 +66,7 @@ REFUSED: list[tuple[str, CHANGES, CHANGES]] = [
     ("serving.customer_facing", {"customer_facing": True, "min_replicas": 3, "max_replicas": 3}, {"pools": pool(max_nodes=3)}),
     ("serving.min_replicas", {"min_replicas": 1, "max_replicas": 2}, {}),
     ("serving.min_replicas", {"min_replicas": 0, "max_replicas": 1}, {}),
+    ("serving.gpus", {"gpus": 2}, {}),
     ("serving.queue_target", {"queue_target": 3}, {}),
     ("serving.keep_compiled", {"keep_compiled": True}, {}),
     ("serving.stall_seconds", {"stall_seconds": 60}, {}),
