@@ -13,10 +13,11 @@
                         cannot load its own graph again, only inductor's: it is told not to write its own
     stress_agreement    figures of `vllm bench serve` and of `python -m stress run` on the same server and load
 
-Of two servers just alike, started side by side, one is faster for as long as both run (seen: 2 %). So both are started
-anew for each of several blocks, each of them first in turn, and what is said of them carries the 95 % interval of a
-bootstrap of blocks and of what was measured in each (Kalibera & Jones, Rigorous benchmarking in reasonable time, 2013).
-Servers have half of the cores, clients and sidecar the others: else what a client takes is taken from its server.
+Two servers just alike, side by side, once came out at 0.98: an idle one takes from the other (see `alone`), and a start
+may differ from the next. So one is stopped while the other is measured, both are started anew for each of several
+blocks, each of them first in turn, and what is said of them carries the 95 % interval of a bootstrap of blocks and of
+what was measured in each (Kalibera & Jones, Rigorous benchmarking in reasonable time, 2013). Servers have half of the
+cores, clients and sidecar the others: else what a client takes is taken from its server.
 
 vLLM's benchmark counts a chunk with the role alone as the first token, and one without text as a token as well; for
 itl_ms only its gaps between chunks of text can be compared (see `_vllm_bench`).

@@ -27,7 +27,7 @@ from infra import offline, prices
 from infra.catalog import Architecture, Sku, sku
 from infra.fit import GIB, tuning_load
 from infra.pools import CPU_OS_DISK_GIB
-from infra.settings import ROOT, Environment, GpuPool, located
+from infra.settings import ROOT, Environment, GpuPool, located, replicas_a_node
 from training import source
 from training.spec import TuningSettings
 
@@ -222,9 +222,8 @@ def _nodes(env: Environment, name: str, size: str) -> tuple[int, int]:
     """Nodes of pool `name`, were they all of `size`: those that stay for min_nodes and min_replicas, and the most."""
     pool = env.pools[name]
     replicas = env.serving.min_replicas if env.serving.pool == name else 0
-    return min(
-        max(pool.min_nodes, math.ceil(replicas / (sku(size).gpus // env.serving.gpus))), pool.max_nodes
-    ), pool.max_nodes
+    least = max(pool.min_nodes, math.ceil(replicas / replicas_a_node(env.serving, sku(size))))
+    return min(least, pool.max_nodes), pool.max_nodes
 
 
 def _gpu_pool(env: Environment, name: str, location: str) -> Line:

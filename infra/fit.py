@@ -23,7 +23,7 @@ from common.lora import MAX_LORA_RANK, vllm_lora_rank
 from common.settings import Settings, SettingsError, explain
 from infra import prices
 from infra.catalog import SKUS, Architecture, Sku, architecture, architecture_of, sku
-from serving.spec import EngineSettings, Gpus, ServingSpec
+from serving.spec import GPUS, EngineSettings, Gpus, ServingSpec
 from training.spec import TuningSettings, TuningSpec
 
 GIB = 2**30
@@ -62,8 +62,6 @@ READS = {
     "down_proj": "inside of the MLP",
 }
 """Which tensor a layer reads (modeling_llama.py and modeling_phi3.py of transformers 5.19)."""
-SPLITS = (2, 4, 8)
-"""GPUs among which a replica may be split."""
 SPLIT_INPUTS = ("o_proj", "down_proj")
 """Layers of which each GPU has a part of the inputs; of the others, a part of the outputs (Shoeybi et al. 2019)."""
 
@@ -174,9 +172,7 @@ def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
     width = 4 if load.dtype == "float32" else 2
     gpu, gpus = size.gpu, load.gpus
     shared, parted = (f" / {gpus} GPUs", f", one of the two / {gpus} GPUs") if gpus > 1 else ("", "")
-    heads = max(1, model.num_key_value_heads // gpus)  # with fewer heads than GPUs, several have the same one
-    kv_size = heads * model.head_size
-    page_bytes = 2 * model.num_hidden_layers * kv_size * width * KV_PAGE_TOKENS
+    page_bytes = kv_token_bytes(model, width, gpus) * KV_PAGE_TOKENS
     pages = math.ceil(load.context / KV_PAGE_TOKENS)
     rank = vllm_lora_rank(load.lora_rank)
     # Of an adapter's two matrices, the one beside the part that a layer has in whole is whole as well.
@@ -200,7 +196,7 @@ def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
         Term(
             "KV cache",
             load.concurrency * pages * page_bytes / GIB,
-            f"2 x {model.num_hidden_layers} layers x {kv_size} x {width} bytes x "
+            f"2 x {model.num_hidden_layers} layers x {_kv_size(model, gpus)} x {width} bytes x "
             f"{pages * KV_PAGE_TOKENS:,} tokens x {load.concurrency} requests",
             "Kwon et al. 2023, PagedAttention",
         ),
@@ -225,6 +221,16 @@ def serving_fit(model: Architecture, size: Sku, load: ServingLoad) -> Fit:
     other_contexts = (load.concurrency - 1) * pages * page_bytes / GIB
     available = min(gpu.driver_gib * load.gpu_memory_utilization, gpu.driver_gib - CUDA_CONTEXT_GIB)
     return Fit(tuple(terms), available, sum(term.gib for term in terms) - other_contexts)
+
+
+def kv_token_bytes(model: Architecture, width: int, gpus: int) -> int:
+    """Bytes of a token in the KV cache of each of `gpus` GPUs; `width`: of an element."""
+    return 2 * model.num_hidden_layers * _kv_size(model, gpus) * width
+
+
+def _kv_size(model: Architecture, gpus: int) -> int:
+    """Width of one GPU's key heads together; with fewer heads than GPUs, several have the same one."""
+    return max(1, model.num_key_value_heads // gpus) * model.head_size
 
 
 def tuning_fit(model: Architecture, size: Sku, load: TuningLoad) -> Fit:
@@ -376,7 +382,7 @@ def explain_serving(model: Architecture, size: Sku, load: ServingLoad) -> list[s
     note = "; vLLM would start, but preempt requests when it is full" if fit.starts else ""
     cheapest = _priced(smallest_sku(model, load))
     if not cheapest and not remedies:
-        others = [(other, gpus) for gpus in SPLITS if (other := smallest_sku(model, replace(load, gpus=gpus)))]
+        others = [(other, gpus) for gpus in GPUS if (other := smallest_sku(model, replace(load, gpus=gpus)))]
         for other, gpus in sorted(others, key=lambda each: each[0].usd_per_hour)[:1]:
             cheapest = [f"{text} with gpus {gpus}" for text in _priced(other)]
     return [_does_not_fit(fit, limit, [*remedies, *cheapest], note)]
@@ -386,7 +392,7 @@ def indivisible(model: Architecture, gpus: int) -> str | None:
     """Why `model` cannot be split among so many GPUs, None where it can: vLLM shares out whole heads (qkv_proj)."""
     heads, shared = model.num_attention_heads, model.num_key_value_heads
     if heads % gpus or model.intermediate_size % gpus or (shared % gpus and gpus % shared):
-        enough = [each for each in (1, *SPLITS) if each < gpus and not indivisible(model, each)]
+        enough = [each for each in GPUS if each < gpus and not indivisible(model, each)]
         return (
             f"its {heads} query heads, {shared} key and value heads and {model.intermediate_size} inner columns cannot "
             f"be shared out among {gpus} GPUs: gpus {enough[-1]}"
@@ -396,7 +402,7 @@ def indivisible(model: Architecture, gpus: int) -> str | None:
 
 def fewest_gpus(model: Architecture, size: Sku, load: ServingLoad) -> int | None:
     """The least of 2, 4 and 8 GPUs of `size`, more than `load` has, on which it fits; None if there is none."""
-    more = (gpus for gpus in SPLITS if load.gpus < gpus <= size.gpus and not indivisible(model, gpus))
+    more = (gpus for gpus in GPUS if load.gpus < gpus <= size.gpus and not indivisible(model, gpus))
     return next((gpus for gpus in more if serving_fit(model, size, replace(load, gpus=gpus)).fits), None)
 
 

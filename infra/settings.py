@@ -533,7 +533,12 @@ class Environment(Settings):
 
 def replica_room(serving: Serving, pool: GpuPool) -> int:
     """The most replicas for which `pool` has GPUs, those of each on one node."""
-    return pool.max_nodes * (pool.sku.gpus // serving.gpus)
+    return pool.max_nodes * replicas_a_node(serving, pool.sku)
+
+
+def replicas_a_node(serving: Serving, size: Sku) -> int:
+    """How many replicas have their GPUs on one node of `size`."""
+    return size.gpus // serving.gpus
 
 
 SECRETS = {"api_keys": "--path 'drydock:api_keys.CLIENT'", "huggingface_token": "drydock:huggingface_token"}

@@ -15,13 +15,17 @@ STANDARD = "standard"
 """The tier of every client of which nothing else is said."""
 
 
-def _power_of_two(value: int) -> int:
-    if value not in (1, 2, 4, 8):
+GPUS = (1, 2, 4, 8)
+"""Among how many GPUs a replica may be split."""
+
+
+def _of_gpus(value: int) -> int:
+    if value not in GPUS:
         raise ValueError(f"should be 1, 2, 4 or 8, as nodes have GPUs, found {value}")
     return value
 
 
-Gpus = Annotated[int, AfterValidator(_power_of_two)]
+Gpus = Annotated[int, AfterValidator(_of_gpus)]
 
 
 class Tier(Settings):

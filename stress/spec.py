@@ -154,7 +154,7 @@ class LoadSettings(Settings):
     ignore_eos: bool = Field(
         False,
         description="answers of exactly max_tokens, whatever the model would say, as `vllm bench serve --ignore-eos`: "
-        "for figures that are compared; servers other than vLLM may refuse it",
+        "the same work each time, but users move in step; servers other than vLLM may refuse it",
     )
     stream_share: float = Field(1.0, ge=0, le=1, description="share of users that stream; the others wait for all")
     think_seconds: float = Field(0.0, ge=0, le=3600, description="closed: pause of a user between two requests")

@@ -30,7 +30,7 @@ from typing import Any
 from common import cli, exits
 from common.settings import SettingsError
 from infra import offline
-from infra.fit import GIB, serving_fit, serving_load
+from infra.fit import GIB, kv_token_bytes, serving_fit, serving_load
 from infra.settings import Environment
 from serving.spec import Tier
 from workloads.autoscaler import SYNC_SECONDS, Autoscaler
@@ -83,8 +83,7 @@ def speed(env: Environment) -> Speed:
     load = serving_load(serving, len(env.adapters), env.max_lora_rank)
     fit = serving_fit(model, size, load)
     width = 4 if serving.dtype == "float32" else 2
-    heads = max(1, model.num_key_value_heads // serving.gpus)  # of each GPU
-    token_bytes = 2 * model.num_hidden_layers * heads * model.head_size * width
+    token_bytes = kv_token_bytes(model, width, serving.gpus)
     others = sum(term.gib for term in fit.terms if term.name != "KV cache")
     memory, compute = MEMORY_AND_COMPUTE[size.gpu.name]
     bandwidth = memory * 1e9 * MEMORY_SHARE

@@ -6,7 +6,7 @@ import math
 
 import pulumi
 
-from infra.settings import Environment
+from infra.settings import Environment, replicas_a_node
 from workloads.engine import NODE_SECONDS, READ_BYTES_PER_SECOND, startup_seconds
 from workloads.mirror import BYTES_PER_PARAMETER
 
@@ -75,7 +75,7 @@ def gap(env: Environment, before: str, after: str) -> str:
     room = f"pools.{env.serving.pool}.max_nodes = {pool.max_nodes}"
     way = f"{room} has room for both at once: serving.new_first: true keeps the old ones until then"
     if not env.room_for_both:
-        needed = math.ceil(2 * replicas / (pool.sku.gpus // env.serving.gpus))
+        needed = math.ceil(2 * replicas / replicas_a_node(env.serving, pool.sku))
         way = f"{room} has no room for both: with {needed}, and quota for them, serving.new_first: true keeps the old"
     return (
         f"serving: {before} goes at once, and {after} takes its place: nobody is answered for {least} to {most} "
