@@ -14,20 +14,29 @@ from pydantic import Field, ValidationError, model_validator
 from common.settings import Settings, SettingsError, explain
 from infra.prices import list_price
 
+NEEDED_DRIVER = 580
+"""NVIDIA's oldest driver branch for the images' CUDA 13 (CUDA Toolkit 13.0 release notes, table 3; a branch serves all
+minor versions of the CUDA that it came with, none of the next)."""
+CUDA_DRIVER = 580
+"""The branch that AKS installs: CUDA LTS 580.159.04 (AgentBaker, 2026-08-21)."""
+GRID_DRIVER = 570
+"""The same on virtual GPUs such as the A10: GRID 570.237, which knows CUDA 12.8 at most (aks-gpu#179, 2026-08-17)."""
+
 
 @dataclass(frozen=True)
 class Gpu:
     """One GPU, or the slice of one that a virtual GPU is.
 
     `memory_gb` is the vendor's figure, `driver_gib` what torch and vLLM see as the whole of it: the smallest value
-    found in public logs (`total_gpu_memory` of vLLM, `total capacity` of torch's out-of-memory message).
+    found in public logs (`total_gpu_memory` of vLLM, `total capacity` of torch's out-of-memory message). `driver` is
+    the branch of NVIDIA's driver that AKS installs for it.
     """
 
     name: str
     memory_gb: int
     driver_gib: float
     compute_capability: float
-    fractional: bool = False
+    driver: int = CUDA_DRIVER
 
     @property
     def bf16(self) -> bool:
@@ -38,10 +47,10 @@ class Gpu:
 T4 = Gpu("T4", 16, 14.56, 7.5)
 # Azure's A10 is always a GRID virtual GPU. No log of torch's view of one was found, so the whole one counts as a bare
 # A10 (22.07 GiB in vLLM's logs, with ECC), and the slices as that share of it.
-A10 = Gpu("A10", 24, 22.0, 8.6)
-A10_HALF = Gpu("1/2 A10", 12, 11.0, 8.6, fractional=True)
-A10_THIRD = Gpu("1/3 A10", 8, 7.3, 8.6, fractional=True)
-A10_SIXTH = Gpu("1/6 A10", 4, 3.6, 8.6, fractional=True)
+A10 = Gpu("A10", 24, 22.0, 8.6, GRID_DRIVER)
+A10_HALF = Gpu("1/2 A10", 12, 11.0, 8.6, GRID_DRIVER)
+A10_THIRD = Gpu("1/3 A10", 8, 7.3, 8.6, GRID_DRIVER)
+A10_SIXTH = Gpu("1/6 A10", 4, 3.6, 8.6, GRID_DRIVER)
 A100_40 = Gpu("A100 40GB", 40, 39.39, 8.0)
 A100_80 = Gpu("A100 80GB", 80, 79.1, 8.0)
 H100_80 = Gpu("H100 80GB", 80, 79.1, 9.0)

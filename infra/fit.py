@@ -22,7 +22,7 @@ from common import cli, exits
 from common.lora import MAX_LORA_RANK, vllm_lora_rank
 from common.settings import Settings, SettingsError, explain
 from infra import prices
-from infra.catalog import SKUS, Architecture, Sku, architecture, architecture_of, sku
+from infra.catalog import NEEDED_DRIVER, SKUS, Architecture, Sku, architecture, architecture_of, sku
 from serving.spec import GPUS, EngineSettings, Gpus, ServingSpec
 from training.spec import TuningSettings, TuningSpec
 
@@ -351,7 +351,8 @@ def smallest_sku(model: Architecture, load: ServingLoad | TuningLoad) -> Sku | N
     """The cheapest size, with as many GPUs as work together, on which `load` fits, None if there is none."""
     if isinstance(load, ServingLoad) and indivisible(model, load.gpus):
         return None
-    enough = (size for size in SKUS.values() if size.gpus >= load.gpus and not _dtype_problem(size, load))
+    runs = (size for size in SKUS.values() if not check_driver(size))
+    enough = (size for size in runs if size.gpus >= load.gpus and not _dtype_problem(size, load))
     fitting = (size for size in enough if _fit(model, size, load).fits)
     return min(fitting, key=lambda size: size.usd_per_hour, default=None)
 
@@ -449,6 +450,16 @@ def serving_load(settings: EngineSettings, adapters: int, lora_rank: int) -> Ser
         settings.dtype,
         settings.gpu_memory_utilization,
         settings.gpus,
+    )
+
+
+def check_driver(size: Sku) -> str | None:
+    """Why the images cannot use the GPUs of `size` as AKS sets them up, None where they can."""
+    if size.gpu.driver >= NEEDED_DRIVER:
+        return None
+    return (
+        f"on {size.name} AKS installs NVIDIA's driver {size.gpu.driver}, and the images' CUDA needs {NEEDED_DRIVER} "
+        f"or later: take a size with another GPU than {size.gpu.name}"
     )
 
 
@@ -659,7 +670,9 @@ def _show(model: Architecture, size: Sku, question: _Question) -> int:
     how = ", base in 4 bits" * tuning.load_in_4bit + ", gradient checkpointing" * tuning.gradient_checkpointing
     print(f"{size.name}: {size.gpus} x {size.gpu.name}, {size.gpu.driver_gib} GiB seen by the driver, ", end="")
     print(f"${size.usd_per_hour:.2f}/h ({size.price_region}, {prices.AS_OF}). Estimates for each GPU.")
-    failed = False
+    failed = (driver := check_driver(size)) is not None
+    if driver:
+        print(f"Cannot be used: {driver}.")
     for title, fit, problems in (
         (
             f"Serving {serving.concurrency} requests x {serving.context} tokens, {serving.lora_slots} LoRA slots",
@@ -693,7 +706,8 @@ def _compare(model: Architecture, question: _Question) -> int:
         serving, tuning = asked, question.tuning(model, size)
         if not serving_fit(model, size, serving).fits and (gpus := fewest_gpus(model, size, serving)):
             serving = replace(serving, gpus=gpus)
-        serves, tunes = explain_serving(model, size, serving), explain_tuning(model, size, tuning)
+        driver = check_driver(size)
+        serves, tunes = driver or explain_serving(model, size, serving), driver or explain_tuning(model, size, tuning)
         cells = [
             f"{fit.total_gib:6.1f} of {fit.available_gib:5.1f} {said:<6}"
             for fit, said in (
@@ -705,7 +719,8 @@ def _compare(model: Architecture, question: _Question) -> int:
             )
         ]
         found |= not serves and not tunes
-        print(f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}".rstrip())
+        row = f"{size.name:<28}{size.usd_per_hour:>7.2f}  {size.gpu.name:<12}{cells[0]}  {cells[1]}"
+        print(f"{row} driver {size.gpu.driver}" if driver else row.rstrip())
     return exits.OK if found else exits.FAILED
 
 

@@ -11,7 +11,8 @@ import pulumi
 
 from blobs import BlobError
 from common.settings import SettingsError
-from infra.fit import check_evaluation, check_serving, check_tuning
+from infra.catalog import sku
+from infra.fit import check_driver, check_evaluation, check_serving, check_tuning
 from infra.network import subnets
 from infra.settings import ROOT, Environment, load_environment, located
 from training import source
@@ -76,7 +77,7 @@ def datasets(env: Environment, root: Path) -> tuple[dict[str, Path], list[str]]:
 
 def problems(env: Environment, files: Mapping[str, Path]) -> list[str]:
     """Everything that would fail later, each with its setting first; `files` are the datasets that are here."""
-    return [*_addresses(env), *_fit(env), *_datasets(env, files)]
+    return [*_addresses(env), *_drivers(env), *_fit(env), *_datasets(env, files)]
 
 
 def example_addresses(env: Environment) -> list[str]:
@@ -94,6 +95,19 @@ def _addresses(env: Environment) -> list[str]:
     except SettingsError as error:
         return error.problems
     return []
+
+
+def _drivers(env: Environment) -> Iterator[str]:
+    """Sizes whose GPUs our images cannot use. KAITO's own image is made for an older CUDA (torch 2.11, cu129)."""
+    if env.serving.device != "cuda":
+        return
+    ours = {env.tuning.pool} if env.adapters else set()  # tuned by KAITO, an adapter is still evaluated by our image
+    ours |= {env.serving.pool} if env.serving.runtime == "direct" else set()
+    for name in sorted(ours):
+        pool = env.pools[name]
+        for size in pool.sizes:
+            if problem := check_driver(sku(size)):
+                yield f"pools.{name}.{'vm_size' if size == pool.vm_size else 'alternatives'}: {problem}"
 
 
 def _fit(env: Environment) -> Iterator[str]:

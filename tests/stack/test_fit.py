@@ -16,6 +16,7 @@ from infra.fit import (
     Fit,
     ServingLoad,
     TuningLoad,
+    check_driver,
     check_evaluation,
     check_serving,
     check_tuning,
@@ -453,7 +454,7 @@ def test_the_largest_batch_and_sequence_fit_and_more_does_not(model, size):
 def test_the_smallest_sku_fits_and_no_cheaper_one_does(model, load):
     model = MODELS[model]
     told = explain_tuning if isinstance(load, TuningLoad) else explain_serving
-    fitting = [size for size in SKUS.values() if not told(model, size, load)]
+    fitting = [size for size in SKUS.values() if not check_driver(size) and not told(model, size, load)]
     assert smallest_sku(model, load) == min(fitting, key=lambda size: size.usd_per_hour, default=None)
 
 
@@ -677,10 +678,19 @@ def test_command_compares_all_sizes(capsys):
     assert set(lines) == set(SKUS)
     assert lines[A100.name].count(" yes") == 2 and lines[T4.name].count(" no") == 2
     assert lines["Standard_ND96asr_v4"].endswith(" yes*") and "*: with gradient checkpointing" in told
+    assert {name for name, line in lines.items() if line.endswith(" driver 570")} == {n for n in SKUS if "A10_v5" in n}
     assert main(["--model", "meta-llama/Llama-3.1-70B", "--sku", "all"]) == exits.FAILED
     told = capsys.readouterr().out
     assert next(line.split()[0] for line in told.splitlines() if " yes x4 " in line) == "Standard_NC96ads_A100_v4"
     assert main(["--model", "meta-llama/Llama-3.1-70B", "--sku", "all", "--load-in-4bit"]) == exits.OK
+
+
+def test_a_gpu_whose_driver_is_too_old_cannot_be_used_however_well_the_model_fits(capsys):
+    small = ["--model", "meta-llama/Llama-3.2-1B", "--context", "2048", "--concurrency", "4", "--sku"]
+    assert main([*small, "Standard_NV36ads_A10_v5"]) == exits.FAILED
+    told = capsys.readouterr().out
+    assert told.count("\n  fits") == 2 and "Cannot be used: on Standard_NV36ads_A10_v5 AKS installs NVIDIA's" in told
+    assert main([*small, T4.name]) == exits.OK and "Cannot be used" not in capsys.readouterr().out
 
 
 def test_command_takes_a_config_json(tmp_path, capsys):

@@ -1,8 +1,9 @@
-"""Datasets from elsewhere: fetched once for the checks, then a local file to all that comes after."""
+"""Datasets from elsewhere: fetched once for the checks, then a local file to all that comes after. GPUs and drivers."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pulumi
 import pytest
 
-from infra.preflight import load
-from infra.settings import Environment
+from infra.preflight import load, problems
+from infra.settings import Environment, read_environment
 from tests.stack.test_stack import ROOT, config_of
 from tests.unit.file_server import FileServer
 from tests.unit.pulumi_mocks import mocked
+from tests.unit.test_environment import SEED, as_pulumi
 from training import source
 
 DATA = (ROOT / "rehearsal" / "data" / "kubectl.jsonl").read_bytes()
@@ -73,3 +75,27 @@ def test_what_is_wrong_with_it_is_told_at_its_setting_with_everything_else(serve
         "adapters.nowhere.dataset: nowhere.jsonl: no such file below the project's folder",
     ):
         assert line in told
+
+
+@pytest.mark.parametrize(
+    ("pools", "change", "told"),
+    [
+        ({"a10": "Standard_NV36ads_A10_v5"}, {}, ["pools.a10.vm_size"]),
+        ({"a10": "Standard_NV36ads_A10_v5"}, {"device": "cpu"}, []),  # a rehearsal of the stack uses no driver
+        ({"a10": "Standard_NV36ads_A10_v5", "t4": "Standard_NC4as_T4_v3"}, {"pool": "t4"}, ["pools.a10.vm_size"]),
+        ({"t4": "Standard_NC4as_T4_v3", "a10": "Standard_NV36ads_A10_v5"}, {"pool": "t4"}, []),  # nobody uses it
+    ],
+)
+def test_a_pool_whose_driver_is_too_old_for_the_images_is_told_at_its_setting(
+    pools: dict[str, str], change: dict[str, Any], told: list[str]
+) -> None:
+    """What KAITO serves there is KAITO's image: tests/unit/test_kaito.py has A10s that are not refused."""
+    first = next(iter(pools))
+    values = as_pulumi(SEED) | {
+        "pools": json.dumps({name: {"vm_size": size, "max_nodes": 2} for name, size in pools.items()}),
+        "tuning": json.dumps({"pool": first}),
+        "serving": json.dumps({"pool": first} | change),
+    }
+    env = read_environment(values, ("api_keys", "huggingface_token"), project="drydock")
+    drivers = [line for line in problems(env, {}) if "AKS installs NVIDIA's driver 570" in line]
+    assert [line.partition(":")[0] for line in drivers] == told

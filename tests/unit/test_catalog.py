@@ -1,13 +1,16 @@
 """The catalogue against what is published: parameter counts, sizes, names; and the reading of a config.json."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.settings import SettingsError, load_settings
-from infra.catalog import MODELS, SKUS, Architecture, architecture, architecture_of, sku
+from infra.catalog import MODELS, NEEDED_DRIVER, SKUS, Architecture, architecture, architecture_of, sku
+
+ROOT = Path(__file__).parents[2]
 
 # What the hub shows for each model's safetensors files. Those of Qwen3 0.6B and 1.7B hold the tied output layer as well,
 # which is not loaded twice; it is left out here.
@@ -80,7 +83,16 @@ def test_sku_is_plausible(entry):
     assert 0.85 < entry.gpu.driver_gib * 2**30 / (entry.gpu.memory_gb * 1e9) <= 1.08  # vendors' GB are decimal or GiB
     assert entry.usd_per_hour > 0.1 and entry.vcpus >= 4 * entry.gpus and entry.ram_gib >= 28
     assert entry.gpu.bf16 is ("T4" not in entry.name)
-    assert entry.gpu.fractional is (entry.gpu.memory_gb in (4, 8, 12))
+    assert (entry.gpu.driver < NEEDED_DRIVER) is ("A10_v5" in entry.name)  # virtual GPUs, whose driver is an older one
+
+
+def test_the_driver_that_is_asked_for_is_that_of_the_images_cuda():
+    """CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required Driver Version for Minor Version Compatibility"."""
+    oldest = {"12": 525, "13": 580}
+    for lock in ("serving-gpu", "training"):
+        text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+        [major] = re.findall(r"^nvidia-cuda-runtime==(\d+)\.", text, re.MULTILINE)
+        assert oldest[major] == NEEDED_DRIVER, lock
 
 
 def test_a_sku_by_its_name():
