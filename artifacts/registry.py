@@ -26,6 +26,7 @@ from artifacts.store import (
     MANIFEST_LIMIT_BYTES,
     MANIFEST_TYPE,
     CorruptBlob,
+    OutOfReach,
     Store,
     StoreError,
     _sha256,
@@ -41,6 +42,10 @@ Result = TypeVar("Result")
 
 class _Passing(Exception):
     """A trouble that another attempt may not meet: no connection, a cut stream, 429 or 5xx."""
+
+
+class _Silent(_Passing):
+    """No connection, or one that ended without an answer."""
 
 
 class RegistryStore(Store):
@@ -199,11 +204,9 @@ class RegistryStore(Store):
                 )
             except requests.exceptions.SSLError as error:
                 raise StoreError(f"{self.url}: no trusted TLS connection: {error}") from error
-            except (
-                requests.ConnectionError,
-                requests.Timeout,
-                requests.exceptions.ChunkedEncodingError,
-            ) as error:
+            except requests.ConnectionError as error:
+                raise _Silent(f"{method} {address}: {error}") from error
+            except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 raise _Passing(f"{method} {address}: {error}") from error
             # Only the registry itself may ask: not a storage host that it sent us to.
             if response.status_code == 401 and not signed_in and urlsplit(response.url).netloc == self.host:
@@ -279,7 +282,8 @@ def _retrying(action: Callable[[], Result], where: str) -> Result:
             return action()
         except _Passing as error:
             if attempt == ATTEMPTS:
-                raise StoreError(f"{where}: gave up after {ATTEMPTS} attempts: {error}") from error
+                kind = OutOfReach if isinstance(error, _Silent) else StoreError
+                raise kind(f"{where}: gave up after {ATTEMPTS} attempts: {error}") from error
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 

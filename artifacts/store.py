@@ -42,7 +42,15 @@ class NotFound(StoreError):
     """The store answers, but has no such repository, tag or digest."""
 
 
-class CorruptBlob(StoreError):
+class OutOfReach(StoreError):
+    """Nobody answers there: whatever else is asked now will not be answered either."""
+
+
+class Unusable(StoreError):
+    """What is there is no artifact of ours, and will not be at the next try."""
+
+
+class CorruptBlob(Unusable):
     """Bytes that do not match the digest or size under which they are known."""
 
 
@@ -52,6 +60,31 @@ class Artifact(NamedTuple):
     digest: str
     manifest: dict[str, Any]
     config: bytes
+
+
+def _manifest(data: bytes, where: str) -> dict[str, Any]:
+    """The manifest in `data`, whose config and layers can be followed. Raises `Unusable`."""
+    try:
+        manifest: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{where}: no JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("mediaType") != MANIFEST_TYPE:
+        kind = manifest.get("mediaType") if isinstance(manifest, dict) else type(manifest).__name__
+        raise Unusable(f"{where}: expected {MANIFEST_TYPE}, found {kind}")
+    layers = manifest.get("layers")
+    for each in [manifest.get("config"), *(layers if isinstance(layers, list) else [layers])]:
+        if not isinstance(each, dict) or not _is_descriptor(each):
+            raise Unusable(
+                f"{where}: expected a config and layers with mediaType, digest and size, found {each!r:.200}"
+            )
+    return manifest
+
+
+def _is_descriptor(found: Mapping[str, Any]) -> bool:
+    """image-spec, descriptor.md; annotations are text to text."""
+    said, size = found.get("annotations") or {}, found.get("size")
+    texts = [found.get("mediaType"), found.get("digest"), *(said.values() if isinstance(said, dict) else [None])]
+    return isinstance(size, int) and size >= 0 and all(isinstance(each, str) for each in texts)
 
 
 def open_store(url: str | Path) -> Store:
@@ -174,17 +207,15 @@ class Store(ABC):
         self._set_tag(repository, self.resolve(repository, digest), tag)
 
     def inspect(self, repository: str, reference: str) -> Artifact:
-        """Manifest and config of an artifact, both verified, without its files."""
+        """Manifest and config of an artifact, both verified, without its files. Raises `Unusable` for another thing."""
         digest = self.resolve(repository, reference)
         data = self._get_manifest(repository, digest)
         where = f"{self.url}: {repository}: manifest"
         if _sha256(data) != digest:
             raise CorruptBlob(f"{where}: expected {digest}, found {_sha256(data)} ({len(data)} bytes)")
-        manifest = json.loads(data)
-        if manifest.get("mediaType") != MANIFEST_TYPE:
-            raise StoreError(f"{where} {digest}: expected {MANIFEST_TYPE}, found {manifest.get('mediaType')}")
+        manifest = _manifest(data, f"{where} {digest}")
         if (size := manifest["config"]["size"]) > MANIFEST_LIMIT_BYTES:  # held in memory
-            raise StoreError(f"{where} {digest}: a config of {size} bytes; the limit is {MANIFEST_LIMIT_BYTES}")
+            raise Unusable(f"{where} {digest}: a config of {size} bytes; the limit is {MANIFEST_LIMIT_BYTES}")
         config = io.BytesIO()
         self.fetch_blob(repository, manifest["config"], config, "config")
         return Artifact(digest, manifest, config.getvalue())
@@ -193,7 +224,7 @@ class Store(ABC):
         """Write the artifact's files below `target`, which appears whole or not at all.
 
         Every blob's size and digest are verified. `target` must not exist, or be empty. Raises `CorruptBlob`
-        with the digest expected and found, and `StoreError` for a title that would leave the folder.
+        with the digest expected and found, and `Unusable` for a title that would leave the folder.
         """
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise StoreError(f"{target}: already exists; pull into a folder of its own")
@@ -202,7 +233,7 @@ class Store(ABC):
         try:
             check_titles(titles)
         except ValueError as error:
-            raise StoreError(f"{self.url}: {repository}@{artifact.digest}: {error}") from None
+            raise Unusable(f"{self.url}: {repository}@{artifact.digest}: {error}") from None
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as temporary:
             whole = Path(temporary) / "whole"  # made by umask: another user's vLLM may have to read it
@@ -224,7 +255,7 @@ class Store(ABC):
         """Download one blob into `file` and verify it."""
         digest, size = descriptor["digest"], descriptor["size"]
         if not _DIGEST.fullmatch(digest):  # it becomes a path and an address
-            raise StoreError(f"{self.url}: {repository}: {what}: cannot verify a digest such as {digest!r}")
+            raise Unusable(f"{self.url}: {repository}: {what}: cannot verify a digest such as {digest!r}")
         self._get_blob(repository, digest, size, file)
         file.seek(0)
         found = _describe(file, "")

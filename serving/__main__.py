@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         "--api-keys",
         type=Path,
         metavar="FILE",
-        help="JSON object of client name to the SHA-256 of its key in hex; read again when it changes [no key needed]",
+        help='JSON: {"clients": {NAME: {"sha256": that of its key, in hex}}}, and "tiers" as docs/serving.md has them; '
+        "read again when it changes [no key needed]",
     )
 
     engine.add_argument(

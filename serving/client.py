@@ -13,6 +13,9 @@ import httpx
 from common.chat import Message
 from serving.state import TOKEN_HEADER
 
+SECONDS_PER_TOKEN = 0.2
+"""The slowest that an answer may come, its share of a full batch: a longer answer is given longer."""
+
 
 class EngineError(RuntimeError):
     """The server answered with an error; the text holds its status and message."""
@@ -41,6 +44,7 @@ class Engine:
     def __init__(self, url: str, token: str | None = None, timeout_seconds: float = 120.0) -> None:
         headers = {TOKEN_HEADER: token} if token else {}
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
+        self._timeout = timeout_seconds
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_seconds, limits=limits)
 
     def __enter__(self) -> Self:
@@ -51,8 +55,8 @@ class Engine:
     ) -> None:
         self._http.close()
 
-    def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        response = self._http.post(path, json=body)
+    def _post(self, path: str, body: dict[str, Any], more_seconds: float = 0.0) -> httpx.Response:
+        response = self._http.post(path, json=body, timeout=self._timeout + more_seconds)
         if response.status_code != 200:
             raise EngineError(path, response.status_code, response.text)
         return response
@@ -66,7 +70,7 @@ class Engine:
             "max_tokens": max_tokens,
             "return_token_ids": True,  # vLLM's addition to the OpenAI API
         }
-        reply = self._post("/v1/chat/completions", body).json()
+        reply = self._post("/v1/chat/completions", body, SECONDS_PER_TOKEN * max_tokens).json()
         choice = reply["choices"][0]
         prompt = list(reply["prompt_token_ids"])
         return Answer(choice["message"]["content"] or "", prompt + list(choice["token_ids"]), len(prompt))

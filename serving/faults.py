@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from artifacts.store import Store, StoreError
+from artifacts.store import OutOfReach, Store
 
 FILE = "registry_unreachable_until"
 """In the folder: unix seconds. As a key of a ConfigMap, it is there some 90 s after it was written."""
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def drilled(store: Store, folder: Path) -> Store:
-    """`store`; while `folder` declares a loss, whatever is asked of it raises `StoreError`."""
+    """`store`; while `folder` declares a loss, whatever is asked of it raises `OutOfReach`."""
     return cast(Store, _Drilled(store, folder))
 
 
@@ -47,7 +47,7 @@ class _Drilled:
             else:
                 log.warning("DRILL over: the store is asked again")
         if lost:
-            raise StoreError(f"out of reach until {_shown(self._until)}: a drill ({self._path})")
+            raise OutOfReach(f"out of reach until {_shown(self._until)}: a drill ({self._path})")
         return getattr(self._store, name)
 
     def _read(self) -> None:

@@ -22,7 +22,8 @@ from serving.spec import STANDARD, Tier
 log = logging.getLogger(__name__)
 
 NONE_CONFIGURED = (
-    "no API keys are configured: pulumi config set --secret --path 'drydock:api_keys.CLIENT' VALUE, then pulumi up"
+    "no API keys are configured: pulumi config set --secret --path 'drydock:api_keys.CLIENT' VALUE, then pulumi up; "
+    "what is wrong with a file of keys is in the engine's log"
 )
 NONE_GIVEN = "an API key is needed here: send the header Authorization: Bearer KEY, or api-key: KEY"
 UNKNOWN = "this API key is not known here"

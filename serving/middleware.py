@@ -241,10 +241,10 @@ class RequestLayer:
     async def _measure(self, scope: Message, request: dict[str, Any], body: bytes, limits: Tier) -> None:
         """Hold the prompts against the tier's own limit. Raises `Refusal` (400) with both figures.
 
-        Only a body long enough to exceed it is tokenised. The context is vLLM's to check, which tokenises anyhow.
+        Only what may exceed it is tokenised. The context is vLLM's to check, which tokenises anyhow.
         """
         limit = limits.prompt_tokens
-        if limit is None or limit >= self.max_model_len or not requests.may_exceed(body, limit):
+        if limit is None or limit >= self.max_model_len or not requests.may_exceed(body, request, limit):
             return
         tokens = await self._longest(scope, request)
         if tokens > limit:

@@ -40,9 +40,17 @@ FIELDS = {
     COMPLETIONS: frozenset((_BOTH + _COMPLETIONS_ONLY + WITHOUT_EFFECT).split()),
 }
 
+_HELD = ("response_format", "structured_outputs")  # what gives the answer a form
+_PRINTED = ("tools", "chat_template_kwargs")  # what a template may print as JSON; Llama 3.1's has `custom_tools`
+
 DEEPEST = 64
 """Levels of nesting, of which a JSON schema of a tool takes the most; vLLM's parsers recurse."""
 
+GRAMMAR_VALUES = 2_000
+"""Values in the JSON of what an answer is held to: xgrammar 0.2 compiles a schema of that many in 4 s at worst, one of
+10,000 in 23 (1,000 and 5,000 optional properties, 2 cores), and a replica that gives no token meanwhile looks hung."""
+TEMPLATE_VALUES = 10_000
+"""Values in the JSON that a chat template prints, by Python alone and twice, with each on a line of its own."""
 TEMPLATE_TOKENS = 512
 """More than what a chat template adds by itself, such as the frame that Llama 3.1 writes around tools (some 100)."""
 
@@ -76,6 +84,7 @@ def check(request: dict[str, Any], route: str, limits: Tier, max_model_len: int)
     Sets the length of the answer where the request says none and the tier has a limit.
     """
     problems = [*_fields(request, route), *_lengths(request, route, limits, max_model_len), *_answers(request, limits)]
+    problems += _sizes(request)
     if route == CHAT:
         problems += _parts(request.get("messages"))
     if problems:
@@ -86,8 +95,12 @@ def check(request: dict[str, Any], route: str, limits: Tier, max_model_len: int)
 
 def has_grammar(request: dict[str, Any]) -> bool:
     """Whether the answer is held to a form, which may allow no answer at all."""
-    held = ("structured_outputs", "response_format")
-    return any(request.get(name) for name in held) or request.get("tool_choice") not in (None, "auto", "none")
+    return any(request.get(name) for name in _HELD) or _calls(request)
+
+
+def _calls(request: dict[str, Any]) -> bool:
+    """Whether the answer has to be a call of a tool."""
+    return request.get("tool_choice") not in (None, "auto", "none")
 
 
 def tokenize_requests(request: dict[str, Any], route: str) -> list[dict[str, Any]]:
@@ -103,9 +116,16 @@ def tokenize_requests(request: dict[str, Any], route: str) -> list[dict[str, Any
     return [{"model": model, "prompt": text, **more} for text in texts if isinstance(text, str)]
 
 
-def may_exceed(body: bytes, limit: int) -> bool:
-    """Whether a prompt in `body` may have more than `limit` tokens: a token is at least one byte of it."""
-    return len(body) + TEMPLATE_TOKENS > limit
+def may_exceed(body: bytes, request: dict[str, Any], limit: int) -> bool:
+    """Whether a prompt in `body`, which is `request`, may have more than `limit` tokens.
+
+    A token is at least one byte of it, but where a chat template writes JSON in a form of its own: Llama 3.1's gives
+    each value of the tools a line, indented, so that two bytes become hundreds.
+    """
+    messages = request.get("messages")
+    told = messages if isinstance(messages, list) else ()
+    called = any(isinstance(each, dict) and each.get("tool_calls") for each in told)
+    return called or any(request.get(name) for name in _PRINTED) or len(body) + TEMPLATE_TOKENS > limit
 
 
 def longest_given(request: dict[str, Any]) -> int:
@@ -180,6 +200,25 @@ def _answers(request: dict[str, Any], limits: Tier) -> Iterator[Refusal]:
         yield Refusal(400, f"{what}: at most {limits.n} answers to one request", "invalid_value", param="n")
 
 
+def _sizes(request: dict[str, Any]) -> Iterator[Refusal]:
+    """JSON that is cheap to send and costs seconds of a core."""
+    tools = request.get("tools")
+    strict = any(isinstance(each, dict) and _is_strict(each) for each in tools) if isinstance(tools, list) else False
+    limits = dict.fromkeys(_PRINTED, TEMPLATE_VALUES) | dict.fromkeys(_HELD, GRAMMAR_VALUES)
+    if strict or _calls(request):
+        limits["tools"] = GRAMMAR_VALUES
+    for name, limit in limits.items():
+        if (count := _values(request.get(name))) > limit:
+            yield Refusal(
+                400, f"{name} has {count:,} values, at most {limit:,} are served", "invalid_value", param=name
+            )
+
+
+def _is_strict(tool: dict[str, Any]) -> bool:
+    function = tool.get("function")
+    return bool(tool.get("strict") or (isinstance(function, dict) and function.get("strict")))
+
+
 def _parts(messages: Any) -> Iterator[Refusal]:
     """Text alone: other parts name addresses, which vLLM would fetch."""
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -217,6 +256,22 @@ def _int64(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**63:
         raise ValueError(f"{text[:40]} is too large a number")
     return value
+
+
+def _values(value: Any) -> int:
+    """Members of all objects and items of all lists in `value`, those of JSON written as text in it too."""
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str) and item.lstrip()[:1] in ("{", "["):  # vLLM reads a schema from text as well
+            try:
+                item = json.loads(item)
+            except (ValueError, RecursionError):
+                continue  # vLLM's to refuse
+        if isinstance(item, (dict, list)):
+            count += len(item)
+            left += item.values() if isinstance(item, dict) else item
+    return count
 
 
 def _depth(value: Any) -> int:

@@ -11,7 +11,6 @@ served stays served, and an engine that starts gets from this disk what was serv
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 
 from artifacts.adapter import PROMOTED, AdapterError, repository
 from artifacts.adapter import version as version_of
-from artifacts.store import CorruptBlob, NotFound, Store, StoreError
+from artifacts.store import NotFound, OutOfReach, Store, StoreError, Unusable
 from common.files import read_json
 from serving import canaries
 from serving.cache import Cache
@@ -122,6 +121,12 @@ class Sidecar:
                 if not kept_tried and (not asked or isinstance(error, StoreError)):
                     kept_tried = True  # now, for all adapters: to be told of the others' failure may take minutes
                     self._follow_kept(loaded)
+                if isinstance(error, OutOfReach):
+                    break  # to hear the same for each of the others takes most of a minute each
+            except Exception:
+                # What nobody foresaw in one adapter keeps neither the others nor the base from being served.
+                self.metrics.errors.labels(adapter).inc()
+                log.exception("%s: a fault of the sidecar; trying again", adapter)
         self._note_reach(reachable)
         self._unload_replaced(loaded)
         self._tell(ready=self._all_settled())
@@ -183,7 +188,7 @@ class Sidecar:
                 continue
             try:
                 self._follow(adapter, digest, loaded)
-            except (StoreError, EngineError, httpx.HTTPError, OSError) as error:
+            except Exception as error:  # as in `look`
                 log.warning("%s: not served from this disk either: %s; trying again", adapter, error)
                 continue
             self._settled.add(adapter)
@@ -219,6 +224,7 @@ class Sidecar:
                 loaded.add(name)
             ready = time.monotonic()
             difference = self._prove(name, folder)
+            said = origin(folder)
         except Refused as refusal:
             reason = str(refusal)
             self._refused.setdefault(adapter, {})[digest] = reason
@@ -236,7 +242,7 @@ class Sidecar:
             digest=digest,
             parity_difference=difference,
             since=time.time(),
-            **origin(folder),
+            **said,
         )
         self._tell(ready=self._told.ready if self._told and self._told.boot == self._boot else False)
         phases = {"fetch": fetched - started, "load": ready - fetched, "parity": proven - ready}
@@ -251,7 +257,7 @@ class Sidecar:
         """The folder with the version's files, fetched once and then kept on the node."""
         try:
             return self.cache.fetch(self.store, adapter, digest)
-        except (CorruptBlob, AdapterError) as error:
+        except (Unusable, AdapterError) as error:
             raise Refused(str(error)) from error
 
     def _load(self, name: str, folder: Path) -> None:
@@ -284,6 +290,7 @@ class Sidecar:
         self._replaced[loaded_name(adapter, served.version)] = time.monotonic()
         for gauge in (self.metrics.serving, self.metrics.parity):
             gauge.remove(adapter, served.version)
+        self.metrics.seconds.remove_by_labels({"adapter": adapter, "version": served.version})
 
     def _unload_replaced(self, loaded: set[str]) -> None:
         """Unload what stopped answering a while ago: a request that read the old alias has reached vLLM by then."""
@@ -314,6 +321,10 @@ class Sidecar:
             self._told = said
 
 
+MOST_SCORE = 1e9
+"""Beyond it, a score is none: not a number of any metric of ours, nor one that every reader of JSON takes."""
+
+
 def origin(folder: Path) -> dict[str, Any]:
     """What the files of a version say about its base and its evaluation, as fields of `Served`; what is absent is not.
 
@@ -326,7 +337,7 @@ def origin(folder: Path) -> dict[str, Any]:
     told = {"base": "@".join(base) or None, "metric": evaluation.get("metric")}
     scores = {"score": evaluation.get("adapter"), "base_score": evaluation.get("base")}
     return {name: value for name, value in told.items() if isinstance(value, str)} | {
-        name: value for name, value in scores.items() if isinstance(value, int | float) and math.isfinite(value)
+        name: value for name, value in scores.items() if isinstance(value, int | float) and abs(value) <= MOST_SCORE
     }
 
 

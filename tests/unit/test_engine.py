@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -225,6 +226,18 @@ def test_an_answer_comes_with_the_tokens_of_prompt_and_answer(server: Server) ->
     _, body, headers = server.asked[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 5), "greedy"
     assert "x-drydock-sidecar" not in {name.lower() for name in headers}
+
+
+def test_a_long_answer_is_waited_for_longer(server: Server) -> None:
+    def slow(_: Any) -> tuple[int, Any]:
+        time.sleep(0.5)
+        return 200, {"choices": [{"message": {"content": "hi"}, "token_ids": [7]}], "prompt_token_ids": [1]}
+
+    server.replies["/v1/chat/completions"] = slow
+    with Engine(url(server), timeout_seconds=0.1) as engine:
+        with pytest.raises(httpx.ReadTimeout):
+            engine.answer("m", [{"role": "user", "content": "x"}], 1)
+        assert engine.answer("m", [{"role": "user", "content": "x"}], 60).text == "hi"
 
 
 def test_log_probabilities_are_of_the_given_answer_tokens_in_their_order(server: Server) -> None:

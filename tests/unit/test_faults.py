@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.store import NotFound, Store, StoreError, open_store
+from artifacts.store import NotFound, OutOfReach, Store, StoreError, open_store
 from serving import faults
 from serving.faults import FILE, LONGEST_SECONDS, drilled
 
@@ -50,7 +50,7 @@ def reached(store: Store) -> bool:
     except NotFound:
         return True
     except StoreError as error:
-        assert type(error) is StoreError and "a drill" in str(error)
+        assert type(error) is OutOfReach and "a drill" in str(error)
         return False
     raise AssertionError("there is no such tag")
 

@@ -227,9 +227,62 @@ def test_token_ids_are_counted_as_they_are() -> None:
 
 
 def test_a_short_body_needs_no_tokeniser() -> None:
-    assert not may_exceed(b"x" * 400, 1000)
-    assert may_exceed(b"x" * 600, 1000), "the template may add more than the text has"
-    assert may_exceed(b"x", 100)
+    plain: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+    assert not may_exceed(b"x" * 400, plain, 1000)
+    assert may_exceed(b"x" * 600, plain, 1000), "the template may add more than the text has"
+    assert may_exceed(b"x", plain, 100)
+    odd: tuple[Any, ...] = (None, 5, "text", [5], {})
+    assert not any(may_exceed(b"x", {"messages": messages}, 1000) for messages in odd)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function"}]},
+        {"chat_template_kwargs": {"custom_tools": [1]}},
+        {"messages": [{"role": "assistant", "tool_calls": [{"type": "function"}]}]},
+    ],
+)
+def test_what_a_template_prints_as_json_is_always_counted(fields: dict[str, Any]) -> None:
+    """Indented, as by Llama 3.1's template, it has no bound in the bytes of the body."""
+    nested: Any = list(range(600))
+    for _ in range(50):
+        nested = [nested]
+    assert len(json.dumps(nested, indent=4)) > 50 * len(json.dumps(nested, separators=(",", ":")))
+    assert may_exceed(b"x", fields, 1000)
+
+
+def schema(properties: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(properties)}}
+
+
+def tool(properties: int, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema(properties)} | more}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema(900)}}}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema(1000)}}}, "response_format has 2,006"),
+        ({"structured_outputs": {"json": schema(1000)}}, "structured_outputs has 2,003"),
+        ({"structured_outputs": {"json": json.dumps(schema(1000))}}, "structured_outputs has 2,003"),
+        ({"structured_outputs": {"json": "{" * 5000}}, None),  # no JSON: vLLM's to refuse
+        ({"tools": [tool(1500)]}, None),
+        ({"tools": [tool(1500)], "tool_choice": "auto"}, None),
+        ({"tools": [tool(1500)], "tool_choice": "required"}, "tools has 3,007 values, at most 2,000"),
+        ({"tools": [tool(1500, strict=True)]}, "tools has 3,008 values, at most 2,000"),
+        ({"tools": [tool(1500)] * 4}, "tools has 12,028 values, at most 10,000"),
+        ({"chat_template_kwargs": {"custom_tools": [tool(1500)] * 4}}, "chat_template_kwargs has 12,029"),
+        ({"tools": "no list", "tool_choice": "required"}, None),
+    ],
+)  # fmt: skip
+def test_a_form_that_would_take_seconds_to_compile_or_to_print_is_refused(
+    fields: dict[str, Any], told: str | None
+) -> None:
+    refusal = refused(messages=[], **fields)
+    assert (refusal.param if refusal else None) == (next(iter(fields)) if told else None)
+    assert told is None or (refusal and told in refusal.message)
 
 
 def test_too_long_says_both_figures_and_whose_limit_it_is() -> None:

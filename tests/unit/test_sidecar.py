@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from prometheus_client import generate_latest
 from safetensors.numpy import load_file, save_file
 
 from artifacts.adapter import PROMOTED, AdapterCard, publish_adapter, repository, version
-from artifacts.store import NotFound, Store, StoreError, open_store
+from artifacts.store import MANIFEST_TYPE, NotFound, OutOfReach, Store, StoreError, open_store
 from common.files import write_json
 from common.processes import free_ports
 from serving import sidecar as module
@@ -196,6 +197,7 @@ def test_a_new_version_takes_over_and_the_old_one_stays_for_requests_under_way(r
     rig.sidecar.look()
     assert rig.engine.strengths.keys() == {"base", name(new)}
     assert len(rig.metric("drydock_adapter_serving{")) == 1
+    assert len(rig.metric("drydock_adapter_switch_seconds{")) == 3, "of the version that answers alone"
 
 
 def test_rolling_back_needs_no_load_while_the_old_version_is_there_and_keeps_it(rig: Rig) -> None:
@@ -341,6 +343,53 @@ def test_one_adapters_refusal_does_not_hold_up_the_other(rig: Rig) -> None:
     assert rig.sidecar.look()
     assert rig.serving == {"triage": good}
     assert rig.ready()
+
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+BLOB = {"mediaType": "text/plain", "digest": "sha256:" + "a" * 64, "size": 3}
+NO_ARTIFACTS: dict[str, Any] = {
+    "an index, as docker pushes it": {"schemaVersion": 2, "mediaType": INDEX, "manifests": []},
+    "no mediaType": {"schemaVersion": 2, "config": BLOB, "layers": []},
+    "no config": {"mediaType": MANIFEST_TYPE, "layers": []},
+    "no layers": {"mediaType": MANIFEST_TYPE, "config": BLOB},
+    "no digest": {"mediaType": MANIFEST_TYPE, "config": BLOB | {"digest": None}, "layers": []},
+    "no number": {"mediaType": MANIFEST_TYPE, "config": BLOB | {"size": "3"}, "layers": []},
+    "no text": {"mediaType": MANIFEST_TYPE, "config": BLOB, "layers": [BLOB | {"annotations": {"a": 1}}]},
+    "another digest": {"mediaType": MANIFEST_TYPE, "config": BLOB | {"digest": "md5:ab"}, "layers": []},
+    "no object": [],
+}
+
+
+@pytest.mark.parametrize("manifest", NO_ARTIFACTS.values(), ids=NO_ARTIFACTS)
+def test_a_tag_on_what_is_no_artifact_is_refused_and_holds_up_nothing(rig: Rig, manifest: Any) -> None:
+    """`oras tag` and `az acr import` put a tag on anything."""
+    good, data = rig.publish("triage", strength=2.0), json.dumps(manifest).encode()
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    rig.store._put_manifest(repository("kubectl"), digest, data)
+    rig.store._set_tag(repository("kubectl"), digest, PROMOTED)
+    assert rig.sidecar.look()
+    assert (rig.serving, rig.ready()) == ({"triage": good}, True)
+    assert "kubectl: " in rig.told.refused["kubectl"]
+    assert len(rig.metric("drydock_adapter_refused_total{")) == 1
+
+
+def test_a_fault_of_ours_in_one_adapter_does_not_hold_up_the_other(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = rig.publish("triage", strength=2.0)
+    rig.publish("kubectl")
+    plain = rig.sidecar.cache.fetch
+
+    def fetch(store: Store, adapter: str, digest: str) -> Path:
+        return plain(store, {"triage": adapter}[adapter], digest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.sidecar.cache, "fetch", fetch)
+        assert not rig.sidecar.look()
+    assert (rig.serving, rig.ready()) == ({"triage": good}, False)
+    assert rig.metric('drydock_sidecar_errors_total{adapter="kubectl"}')[0].endswith(" 1.0")
+    assert "KeyError: 'kubectl'" in caplog.text
+    assert rig.sidecar.look(), "it is tried again"
 
 
 # Trouble that passes.
@@ -606,6 +655,23 @@ def test_one_failure_is_enough_to_serve_all_from_the_disk(rig: Rig, monkeypatch:
     assert served == [{}, digests]
 
 
+def test_a_store_that_does_not_answer_for_one_adapter_is_not_asked_for_the_others(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {"kubectl": rig.publish("kubectl"), "triage": rig.publish("triage", 2.0)}
+    rig.sidecar.look()
+    asked: list[str] = []
+
+    def fail(repository: str, *_: Any) -> str:
+        asked.append(repository)
+        raise OutOfReach("registry: connection refused")
+
+    monkeypatch.setattr(rig.store, "resolve", fail)
+    assert restart(rig).look() and rig.sidecar.look()
+    assert asked == [repository("kubectl")] * 2, "once each look"
+    assert rig.serving == digests
+
+
 def test_what_was_promoted_meanwhile_wins_once_the_store_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.publish(strength=1.0)
     rig.sidecar.look()
@@ -824,6 +890,9 @@ def test_an_adapter_says_what_it_was_tuned_on_and_how_it_was_judged(rig: Rig) ->
     assert (served.base, served.metric) == ("llama-3.1-8b@sha256:ab", "exact_match")
     assert (served.score, served.base_score) == (1.0, 0.25)
     odd = rig.told.aliases["triage"]
+    rig.publish("triage", 3.0, reports={"evaluation.json": {"metric": "m", "base": 10**400, "adapter": -1e10}})
+    rig.sidecar.look()
+    assert (rig.told.aliases["triage"].score, rig.told.aliases["triage"].base_score) == (None, None)
     assert (odd.base, odd.metric, odd.score, odd.base_score) == (None, None, None, None)
 
 
