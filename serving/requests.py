@@ -41,6 +41,7 @@ FIELDS = {
 }
 
 _HELD = ("response_format", "structured_outputs")  # what gives the answer a form
+_FORBID = ("allowed_token_ids", "bad_words", "min_tokens")  # the last forbids the end
 _PRINTED = ("tools", "chat_template_kwargs")  # what a template may print as JSON; Llama 3.1's has `custom_tools`
 
 DEEPEST = 64
@@ -84,7 +85,7 @@ def check(request: dict[str, Any], route: str, limits: Tier, max_model_len: int)
     Sets the length of the answer where the request says none and the tier has a limit.
     """
     problems = [*_fields(request, route), *_lengths(request, route, limits, max_model_len), *_answers(request, limits)]
-    problems += _sizes(request)
+    problems += [*_contradictions(request), *_sizes(request)]
     if route == CHAT:
         problems += _parts(request.get("messages"))
     if problems:
@@ -95,7 +96,8 @@ def check(request: dict[str, Any], route: str, limits: Tier, max_model_len: int)
 
 def has_grammar(request: dict[str, Any]) -> bool:
     """Whether the answer is held to a form, which may allow no answer at all."""
-    return any(request.get(name) for name in _HELD) or _calls(request)
+    formed = [request.get(name) for name in _HELD]
+    return any(form and form != {"type": "text"} for form in formed) or _calls(request)
 
 
 def _calls(request: dict[str, Any]) -> bool:
@@ -168,6 +170,14 @@ def _fields(request: dict[str, Any], route: str) -> Iterator[Refusal]:
         # beside another request in the batch, end in a shape error in the LoRA logits layer that stops the engine, and
         # with it every request of the replica.
         yield Refusal(400, "echo with logprobs is not served here", "unsupported_parameter", param="echo")
+
+
+def _contradictions(request: dict[str, Any]) -> Iterator[Refusal]:
+    """Fields that forbid tokens, beside a form that may need those: vLLM 0.32 ends the answer as a failure of its own."""
+    for name in _FORBID if has_grammar(request) else ():
+        if request.get(name):
+            message = f"{name} could leave no token to an answer that is held to a form: leave out one of the two"
+            yield Refusal(400, message, "unsupported_parameter", param=name)
 
 
 def _lengths(request: dict[str, Any], route: str, limits: Tier, max_model_len: int) -> Iterator[Refusal]:

@@ -235,6 +235,26 @@ def test_a_short_body_needs_no_tokeniser() -> None:
     assert not any(may_exceed(b"x", {"messages": messages}, 1000) for messages in odd)
 
 
+@pytest.mark.parametrize("field", [{"allowed_token_ids": [8, 7]}, {"bad_words": ["regex"]}, {"min_tokens": 5}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"structured_outputs": {"regex": "regex"}},
+        {"response_format": {"type": "json_object"}},
+        {"tool_choice": "required"},
+    ],
+)
+def test_a_form_and_what_forbids_its_tokens_are_not_served_together(
+    field: dict[str, Any], form: dict[str, Any]
+) -> None:
+    """Found by the fuzz (seed 1795776921, request 205085): the answer began, then ended in an error."""
+    refusal = refused(messages=[], **field, **form)
+    assert refusal and refusal.param == next(iter(field)) and "could leave no token" in refusal.message
+    assert refused(messages=[], **field) is refused(messages=[], **form) is None
+    plain: dict[str, Any] = {"response_format": {"type": "text"}}
+    assert refused(messages=[], **field, **plain) is None
+
+
 @pytest.mark.parametrize(
     "fields",
     [
