@@ -173,7 +173,7 @@ def _fields(request: dict[str, Any], route: str) -> Iterator[Refusal]:
 
 
 def _contradictions(request: dict[str, Any]) -> Iterator[Refusal]:
-    """Fields that forbid tokens, beside a form that may need those: vLLM 0.32 ends the answer as a failure of its own."""
+    """Fields that forbid tokens, beside a form that may need those: in vLLM 0.32 the answer then ends in an error."""
     for name in _FORBID if has_grammar(request) else ():
         if request.get(name):
             message = f"{name} could leave no token to an answer that is held to a form: leave out one of the two"
