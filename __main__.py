@@ -36,12 +36,11 @@ ClusterMonitoring("monitoring", ClusterMonitoringArgs(place, cluster.id, eyes))
 pools = Pools("pools", PoolsArgs(place, cluster, network.nodes_subnet_id, env.cluster, env.pools))
 registry = Registry("registry", RegistryArgs(place, cluster.kubelet_object_id, zones))
 storage = Storage("storage", StorageArgs(place, env.retention, zones))
-if place.private:
-    Endpoints("endpoints", EndpointsArgs(place, network, registry, storage))
+ways = [Endpoints("endpoints", EndpointsArgs(place, network, registry, storage))] if place.private else []
 who = Identities("identities", IdentitiesArgs(place, cluster.oidc_issuer_url, registry, storage, eyes.workspace_id))
-images = Images("images", ImagesArgs(place, registry, ROOT, network.builds_subnet_id, env.serving.device))
+images = Images("images", ImagesArgs(place, registry, ROOT, network.builds_subnet_id, env.serving.device, ways))
 files = {name: ROOT / adapter.dataset for name, adapter in env.adapters.items()}
-data = Datasets("datasets", DatasetsArgs(place, storage, files, env.adapters))
+data = Datasets("datasets", DatasetsArgs(place, storage, files, env.adapters, ways))
 
 platform = Platform("platform", PlatformArgs(place, env, cluster, pools, registry, who))
 tuning, serving, inside = platform.tuning, platform.serving, platform.inside

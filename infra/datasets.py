@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class DatasetsArgs:
     storage: Storage
     files: Mapping[str, Path]
     adapters: Mapping[str, TuningSettings] = field(default_factory=dict)
+    ways: Sequence[pulumi.Resource] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Datasets(pulumi.ComponentResource):
         if missing:
             raise SettingsError(missing)
         # The container and the deployer's right to write it must be there.
-        child = pulumi.ResourceOptions(parent=self, depends_on=[args.storage])
+        child = pulumi.ResourceOptions(parent=self, depends_on=[args.storage, *args.ways])
         self.digests = {
             adapter: file_digest(path).removeprefix("sha256:") for adapter, path in sorted(args.files.items())
         }

@@ -16,7 +16,8 @@ from infra.tags import tag_everything
 
 def prepare(env: Environment, *, organization: str, stack: str, location: str) -> Place:
     """The resource group of an environment, and the place in it; from here on, everything gets its tags."""
-    names = Names(organization, f"{env.name}-{stack}")
+    deployer = authorization.get_client_config()
+    names = Names(organization, deployer.subscription_id, f"{env.name}-{stack}")
     tag_everything({"project": env.name, "environment": stack, "owner": env.owner, "managed-by": "pulumi", **env.tags})
     group = resources.ResourceGroup(
         "group",
@@ -24,7 +25,6 @@ def prepare(env: Environment, *, organization: str, stack: str, location: str) -
         location=location,
         opts=pulumi.ResourceOptions(protect=env.protect),
     )
-    deployer = authorization.get_client_config_output()
     return Place(
         names=names,
         location=location,

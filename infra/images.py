@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,8 @@ _AGENT_POOL_REGIONS = (
 class ImagesArgs:
     """`root`: this repository; `build_subnet_id`: where a private registry's build agents run, required then.
 
-    `device`: cpu takes the CPU build of vLLM into the serving image.
+    `device`: cpu takes the CPU build of vLLM into the serving image. `ways`: what must be there before the registry can
+    be reached, such as its private endpoint.
     """
 
     place: Place
@@ -43,6 +45,7 @@ class ImagesArgs:
     root: Path
     build_subnet_id: pulumi.Input[str] | None = None
     device: Literal["cuda", "cpu"] = "cuda"
+    ways: Sequence[pulumi.Resource] = ()
 
 
 class Images(pulumi.ComponentResource):
@@ -87,7 +90,7 @@ class Images(pulumi.ComponentResource):
                     arguments=base_arguments(args.root / IMAGES[image], args.registry) | given.get(image, {}),
                     agent_pool=agents.name if agents else None,
                     # The base image comes through a cache rule.
-                    opts=pulumi.ResourceOptions(parent=self, depends_on=[args.registry]),
+                    opts=pulumi.ResourceOptions(parent=self, depends_on=[args.registry, *args.ways]),
                 ).digest,
             )
             for image, context in contexts.items()

@@ -168,7 +168,7 @@ def _too_many(env: Environment) -> Iterator[str]:
 
 
 def _scaled(env: Environment) -> Iterator[str]:
-    if env.serving.min_replicas != env.serving.max_replicas:
+    if env.serving.scales:
         yield "serving.min_replicas"
 
 

@@ -17,7 +17,13 @@ class Names:
     """Names below one `prefix` (project and environment), such as `drydock-dev`."""
 
     organization: str
+    subscription: str
     prefix: str
+
+    @property
+    def scope(self) -> str:
+        """Whose names these are. The organisation alone says little: without Pulumi Cloud it is `organization`."""
+        return f"{self.organization}/{self.subscription.lower()}"
 
     def of(self, kind: str) -> str:
         """`drydock-dev-aks`: for names that must be unique in their resource group only."""
@@ -26,10 +32,10 @@ class Names:
     def unique(self, kind: str, limit: int = 24) -> str:
         """`drydockdevst1a2b3c4d`: letters and digits only, for names that must be unique in all of Azure.
 
-        Storage accounts want 3 to 24 of them, registries 5 to 50. The last eight are a hash of organisation and prefix:
-        two teams with the same names do not meet, and one environment finds its own again.
+        Storage accounts want 3 to 24 of them, registries 5 to 50. The last eight are a hash of organisation,
+        subscription and prefix: two teams with the same names do not meet, and one environment finds its own again.
         """
-        mark = hashlib.sha256(f"{self.organization}/{self.prefix}".encode()).hexdigest()[:8]
+        mark = hashlib.sha256(f"{self.scope}/{self.prefix}".encode()).hexdigest()[:8]
         letters = "".join(character for character in self.prefix if character.isalnum())
         return f"{letters[: limit - len(kind) - len(mark)]}{kind}{mark}"
 

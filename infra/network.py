@@ -13,6 +13,8 @@ from infra.place import Place
 from infra.settings import Network as NetworkSettings
 
 # Pods and services have addresses of their own (overlay), the same in every environment: nothing outside sees them.
+RESERVED = ("169.254.0.0/16", "172.30.0.0/16", "172.31.0.0/16", "192.0.2.0/24")
+"""AKS keeps these for itself (azure-aks-docs, concepts-network-cni-overview.md)."""
 POD_CIDR = "192.168.0.0/16"  # AKS gives each node a /24 of it: 256 nodes
 SERVICE_CIDR = "10.0.0.0/16"
 DNS_SERVICE_IP = "10.0.0.10"
@@ -32,6 +34,11 @@ def subnets(address_space: str) -> dict[str, str]:
         f"network.address_space: {address_space} overlaps {cidr}, the addresses of the cluster's {what}: "
         "choose another, such as 10.64.0.0/16"
         for cidr, what in ((POD_CIDR, "pods"), (SERVICE_CIDR, "services"))
+        if space.overlaps(ipaddress.IPv4Network(cidr))
+    ] + [
+        f"network.address_space: {address_space} overlaps {cidr}, which AKS keeps for itself: choose another, such as "
+        "10.64.0.0/16"
+        for cidr in RESERVED
         if space.overlaps(ipaddress.IPv4Network(cidr))
     ]
     if overlaps:

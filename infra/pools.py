@@ -165,6 +165,8 @@ class Pools(pulumi.ComponentResource):
             parent=self,
             depends_on=[cluster.resource],  # the control plane is upgraded first: nodes may not be newer
             ignore_changes=["count"],  # the autoscaler's
+            # Else `destroy` drains them first, which the disruption budgets of what runs there forbid (AKS #2090).
+            deleted_with=cluster.resource,
             # The provider would delete first whatever has a name of its own: replicas need the new pool to move to. The
             # name tells the two apart.
             delete_before_replace=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def load(project: str, stack: str, root: Path = ROOT) -> Environment:
         pulumi.log.warn(
             "no API keys: every request will be refused; add one for each client: "
             "pulumi config set --secret --path 'drydock:api_keys.CLIENT' \"$(openssl rand -hex 32)\""
+        )
+    if env.cluster.admin_group_id is None and (env.protect or os.environ.get("CI")):
+        pulumi.log.warn(
+            "cluster.admin_group_id: without a group, whoever runs `pulumi up` administers cluster and data, and takes "
+            "these roles from whoever ran it before: give the object ID of an Entra group that all of you are in"
         )
     here = {
         name: adapter.model_copy(update={"dataset": str(files[name]), "dataset_sha256": None})

@@ -39,7 +39,7 @@ def grant(
     """
     return authorization.RoleAssignment(
         name,
-        role_assignment_name=role_assignment_name(place.names.organization, place.names.prefix, key, role),
+        role_assignment_name=role_assignment_name(place.names.scope, place.names.prefix, key, role),
         principal_id=principal_id,
         principal_type=principal_type,
         role_definition_id=place.role(role),

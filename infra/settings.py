@@ -107,8 +107,15 @@ class Cluster(Settings):
         description="Minor version of control plane and nodes; patches come by themselves in the window.",
     )
     tier: Literal["Free", "Standard", "Premium"] = Field("Standard", description="Standard and up have an SLA.")
-    zones: tuple[Zone, ...] = Field((), description="Availability zones of nodes and storage; none: Azure places them.")
-    system_vm_size: str = Field("Standard_D4ds_v5", description="Of the nodes that run the cluster's own pods.")
+    zones: tuple[Zone, ...] = Field(
+        (),
+        description="Availability zones of nodes and storage; none: Azure places them. "
+        "It refuses others once the cluster is made.",
+    )
+    system_vm_size: str = Field(
+        "Standard_D4ds_v5",
+        description="Of the nodes that run the cluster's own pods; AKS refuses another one once the cluster is made.",
+    )
     system_nodes: int = Field(2, ge=2, le=10, description="Nodes of the system pool; three for three zones.")
     apps_vm_size: str = Field("Standard_D4ds_v5", description="Of the nodes without GPU: router, mirror Job.")
     apps_max_nodes: int = Field(3, ge=1, le=20, description="The apps pool grows from one node to this many.")
@@ -298,6 +305,11 @@ class Serving(EngineSettings):
                 f"raise it to {CUSTOMER_FACING_REPLICAS} or more"
             )
         return self
+
+    @property
+    def scales(self) -> bool:
+        """Whether KEDA sets the number of replicas; otherwise the stack does."""
+        return self.min_replicas < self.max_replicas
 
 
 class ClientTier(Tier):

@@ -85,11 +85,6 @@ def passed_on(gpus: int) -> core.v1.VolumeArgs:
     return shared_memory("1Gi" if gpus == 1 else f"{2 * gpus}Gi")
 
 
-def fixed_replicas(settings: Serving) -> int | None:
-    """The Deployment's number of replicas; None where it is KEDA's, which a number would fight at every `pulumi up`."""
-    return settings.min_replicas if settings.min_replicas == settings.max_replicas else None
-
-
 def rollout(settings: Serving, pool: GpuPool, others: int) -> apps.v1.RollingUpdateDeploymentArgs:
     """A new replica before an old one goes where the pool has room for it at full scale, else one after the other.
 
@@ -231,10 +226,15 @@ class Engine(pulumi.ComponentResource):
                 labels=LABELS,
                 # A cold GPU node and a base model that is still being mirrored take up to hours, which `pulumi up`
                 # would wait for or fail. `watch` waits instead, unless the settings say that it shall wait.
-                annotations={} if args.settings.new_first else {"pulumi.com/skipAwait": "true"},
+                annotations={
+                    **({} if args.settings.new_first else {"pulumi.com/skipAwait": "true"}),
+                    # Where KEDA set the number before, the API server refuses another owner of it without this.
+                    **({"pulumi.com/patchForce": "true"} if not args.settings.scales else {}),
+                },
             ),
             spec=apps.v1.DeploymentSpecArgs(
-                replicas=fixed_replicas(args.settings),
+                # Also where it is KEDA's: absent from what was there before, it would fall to one.
+                replicas=max(1, args.settings.min_replicas),
                 selector=meta.v1.LabelSelectorArgs(match_labels=LABELS),
                 strategy=apps.v1.DeploymentStrategyArgs(
                     type="RollingUpdate", rolling_update=rollout(args.settings, args.pool, args.others)
@@ -246,12 +246,17 @@ class Engine(pulumi.ComponentResource):
                     spec=_pod(args, spec=spec.metadata.name, keys=keys.metadata.name, priority=priority.metadata.name),
                 ),
             ),
-            opts=pulumi.ResourceOptions.merge(child, _patience(args)),
+            opts=pulumi.ResourceOptions.merge(pulumi.ResourceOptions.merge(child, _patience(args)), _owned(args)),
         )
         self.deployment = deployment.metadata.name
         wait = f"--timeout={deadline_seconds(args.base)}s"
         self.watch = f"kubectl --namespace {SERVING} rollout status deployment/engine {wait}"
         self.register_outputs({"deployment": self.deployment, "watch": self.watch})
+
+
+def _owned(args: EngineArgs) -> pulumi.ResourceOptions:
+    """KEDA's number is left alone: where it is set, this program sends none, and else the one that is there."""
+    return pulumi.ResourceOptions(ignore_changes=["spec.replicas"] if args.settings.scales else None)
 
 
 def _patience(args: EngineArgs) -> pulumi.ResourceOptions:

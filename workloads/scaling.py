@@ -152,7 +152,7 @@ class Scaling(pulumi.ComponentResource):
     def __init__(self, name: str, args: ScalingArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("drydock:workloads:Scaling", name, None, opts)
         settings = args.settings
-        if settings.min_replicas != settings.max_replicas:
+        if settings.scales:
             self._scaled(name, args)
         self.register_outputs({})
 

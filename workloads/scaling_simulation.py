@@ -391,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: argparse.Namespace) -> int:
     env = offline.read(arguments.stack).env
-    if env.serving.min_replicas == env.serving.max_replicas:
+    if not env.serving.scales:
         raise SettingsError([f"serving.max_replicas: {env.serving.max_replicas} as min_replicas: nothing is scaled"])
     if min(arguments.rate, arguments.hours, arguments.scale, arguments.prompt_tokens, arguments.answer_tokens) <= 0:
         raise SettingsError(["--rate, --hours, --scale, --prompt-tokens, --answer-tokens: must be above 0"])

@@ -135,6 +135,26 @@ def test_more_replicas_are_one_scaled_object(prod: Stack) -> None:
         assert preview(prod).changes == wanted
 
 
+def replicas(cloud: LocalCloud) -> int:
+    with cloud.control_plane.client() as api:
+        return int(api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["replicas"])
+
+
+def test_replicas_stay_on_the_way_from_kedas_number_to_a_fixed_one_and_back(prod: Stack, cloud: LocalCloud) -> None:
+    assert replicas(cloud) == 3
+    with cloud.control_plane.client() as api:  # as KEDA does it, by its HPA
+        scale = "/apis/apps/v1/namespaces/drydock-serving/deployments/engine/scale"
+        api.patch(scale, {"spec": {"replicas": 5}}, fieldManager="kube-controller-manager")
+    with edited(prod, SETTINGS, "max_num_seqs: 32", "max_num_seqs: 24"):
+        code, said = up(prod)
+        assert code == 0 and replicas(cloud) == 5, said[-3000:]
+    with edited(prod, SETTINGS, "max_replicas: 6", "max_replicas: 3"):
+        code, said = up(prod)
+        assert code == 0 and replicas(cloud) == 3, said[-3000:]
+    code, said = up(prod)  # KEDA's again: absent from what was applied, the number would fall to one
+    assert code == 0 and replicas(cloud) == 3, said[-3000:]
+
+
 def test_a_build_that_fails_leaves_what_runs_and_is_made_up_for(prod: Stack, cloud: LocalCloud) -> None:
     with cloud.control_plane.client() as api:
         before = api.get("/apis/apps/v1/namespaces/drydock-serving/deployments/engine")["spec"]["template"]

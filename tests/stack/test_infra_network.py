@@ -37,6 +37,12 @@ def test_a_space_that_the_cluster_uses_itself_is_refused(space: str, whose: str)
         subnets(space)
 
 
+@pytest.mark.parametrize(("space", "cidr"), [("172.30.0.0/16", "172.30.0.0/16"), ("172.16.0.0/12", "172.31.0.0/16")])
+def test_a_space_that_aks_keeps_is_refused(space: str, cidr: str) -> None:
+    with pytest.raises(SettingsError, match=f"{space} overlaps {cidr}, which AKS keeps for itself: choose"):
+        subnets(space)
+
+
 def test_network_has_its_subnets_inline() -> None:
     seen, requests = made()
     vnet = seen.one(":VirtualNetwork").inputs

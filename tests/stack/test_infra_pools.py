@@ -144,5 +144,6 @@ def test_options() -> None:
         assert request.deleteBeforeReplaceDefined and not request.deleteBeforeReplace  # the provider would
         assert any(urn.endswith("ManagedCluster::cluster") for urn in request.dependencies)
         assert not request.protect
+        assert request.deletedWith.endswith("ManagedCluster::cluster")  # else `destroy` drains what budgets hold
     of_pools = {key: request for key, request in requests.items() if key[1].startswith("pools")}
     assert orphans(of_pools, "Pools") == []

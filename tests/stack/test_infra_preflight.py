@@ -78,6 +78,28 @@ def test_what_is_wrong_with_it_is_told_at_its_setting_with_everything_else(serve
 
 
 @pytest.mark.parametrize(
+    ("group", "ci", "protect", "warned"),
+    [(None, "", False, False), (None, "", True, True), (None, "true", False, True), ("0" * 36, "true", True, False)],
+)
+def test_an_environment_of_several_people_is_told_to_name_its_administrators(
+    group: str | None, ci: str, protect: bool, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    said: list[str] = []
+    monkeypatch.setattr(pulumi.log, "warn", lambda text, *_: said.append(text))
+    config = config_of("dev") | {
+        "drydock:protect": protect,
+        "drydock:api_keys": {"team-a": "k3y"},
+        "drydock:network": {"authorized_ip_ranges": ["198.18.0.7/32"]},
+    }
+    config["drydock:cluster"] |= {"admin_group_id": group} if group else {}
+    with mocked(stack="dev", config=config):
+        pulumi.runtime.config._SECRET_KEYS.set({"drydock:api_keys"})
+        load("drydock", "dev")
+    assert [text.partition(":")[0] for text in said] == ["cluster.admin_group_id"] * warned
+
+
+@pytest.mark.parametrize(
     ("pools", "change", "told"),
     [
         ({"a10": "Standard_NV36ads_A10_v5"}, {}, ["pools.a10.vm_size"]),

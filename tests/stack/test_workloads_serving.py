@@ -17,11 +17,11 @@ from serving.keys import NONE_CONFIGURED, Keys
 from serving.spec import ServingSpec, Tier
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import Recorder, deploy
+from tests.unit.registrations import deploy_with_requests
 from workloads.engine import (
     Engine,
     EngineArgs,
     engine_share,
-    fixed_replicas,
     grace_seconds,
     keys_json,
     rollout,
@@ -262,11 +262,18 @@ def test_gpus_count_and_not_nodes() -> None:
     assert rollout(SETTINGS.model_copy(update={"max_replicas": 3}), pool, 0).max_surge == 1
 
 
-def test_replicas_are_left_to_keda_where_it_scales() -> None:
-    assert deployment(usual())["spec"]["replicas"] == 2
-    scaled = SETTINGS.model_copy(update={"max_replicas": 3})
-    assert fixed_replicas(scaled) is None
-    assert "replicas" not in deployment(declared(args(scaled)))["spec"]
+@pytest.mark.parametrize(("least", "most", "replicas", "forced"), [(2, 2, 2, True), (2, 3, 2, False), (0, 3, 1, False)])
+def test_a_number_of_replicas_is_there_from_the_start_and_forced_where_keda_sets_none(
+    least: int, most: int, replicas: int, forced: bool
+) -> None:
+    """That KEDA's is left alone, and nothing falls to one on the way, tests/engine/test_prod.py sees."""
+    settings = SETTINGS.model_copy(update={"min_replicas": least, "max_replicas": most})
+    seen, requests = deploy_with_requests(lambda: Engine("engine", args(settings)) and None)
+    made = deployment(seen)
+    assert made["spec"]["replicas"] == replicas
+    ignored = list(requests["Deployment", "engine-deployment"].ignoreChanges)
+    assert ignored == ([] if forced else ["spec.replicas"])
+    assert ("pulumi.com/patchForce" in made["metadata"]["annotations"]) == forced
 
 
 def test_pulumi_does_not_wait_but_says_how_to() -> None:

@@ -161,7 +161,7 @@ def deploy(program: Callable[[], Any], **options: Any) -> Recorder:
 def place(*, private: bool = False, protect: bool = True) -> Place:
     """A place to put one component under test."""
     return Place(
-        names=Names("example", "drydock-test"),
+        names=Names("example", SUBSCRIPTION, "drydock-test"),
         location="swedencentral",
         group="drydock-test",
         group_id=f"/subscriptions/{SUBSCRIPTION}/resourceGroups/drydock-test",

@@ -152,12 +152,26 @@ def test_a_fork_gets_neither_identity_nor_secrets() -> None:
             assert "secrets." not in json.dumps(job) and "login" not in json.dumps(job)
 
 
+def test_who_asks_azure_has_a_runner_that_the_api_server_answers_and_can_read_the_stacks_secrets() -> None:
+    for job in (
+        yaml.safe_load(WORKFLOWS["preview.yaml"])["jobs"]["preview"],
+        yaml.safe_load(WORKFLOWS["up-one.yaml"])["jobs"]["up"],
+    ):
+        assert job["runs-on"] == "${{ vars.RUNNER }}", "none of GitHub's own"
+        assert {"PULUMI_CONFIG_PASSPHRASE", "PULUMI_ACCESS_TOKEN"} <= job["env"].keys()
+    assert all(job["secrets"] == "inherit" for job in yaml.safe_load(WORKFLOWS["up.yaml"])["jobs"].values())
+
+
 def test_nothing_is_brought_up_before_plan_policy_and_gate() -> None:
     steps = yaml.safe_load(WORKFLOWS["up-one.yaml"])["jobs"]["up"]["steps"]
     order = [
         step.get("with", {}).get("command") or ("gate" if "gate.py" in step.get("run", "") else None) for step in steps
     ]
     assert [name for name in order if name] == ["preview", "gate", "up"]
+    logins = [number for number, step in enumerate(steps) if step.get("uses", "").startswith("azure/login@")]
+    assert len(logins) == 2 and order.index("gate") < logins[1] < order.index("up"), (
+        "an `up` outlives the first sign-in"
+    )
     assert all(step["with"]["policyPacks"] == "policy" for step in steps if step.get("with", {}).get("command"))
     up = yaml.safe_load(WORKFLOWS["up.yaml"])["jobs"]
     assert up["prod"]["needs"] == "dev"
