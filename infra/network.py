@@ -1,4 +1,4 @@
-"""The virtual network: subnets for the nodes, the API server, private endpoints and the builders of images."""
+"""The virtual network: subnets for nodes, API server, private endpoints, builders of images and deploying machines."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ POD_CIDR = "192.168.0.0/16"  # AKS gives each node a /24 of it: 256 nodes
 SERVICE_CIDR = "10.0.0.0/16"
 DNS_SERVICE_IP = "10.0.0.10"
 
-NODES, API_SERVER, ENDPOINTS, BUILDS = "nodes", "api-server", "endpoints", "builds"
+NODES, API_SERVER, ENDPOINTS, BUILDS, RUNNERS = "nodes", "api-server", "endpoints", "builds", "runners"
 
 
 def subnets(address_space: str) -> dict[str, str]:
     """The CIDR of each subnet within `address_space`, which is a /20 or larger; what they leave is free for others.
 
     Nodes take a /21 (2043 of them, pods need none of it), the API server the first /28 of the next /21 (the smallest
-    AKS takes), private endpoints its second /26, the builders of images half of its third. Raises `SettingsError` where
-    the cluster's own addresses overlap.
+    AKS takes), private endpoints its second /26, the builders of images half of its third, and the other half the
+    machines that run `pulumi up` for a private environment. Raises `SettingsError` where the cluster's own addresses
+    overlap.
     """
     space = ipaddress.IPv4Network(address_space)
     overlaps = [
@@ -45,12 +46,14 @@ def subnets(address_space: str) -> dict[str, str]:
         raise SettingsError(overlaps)
     halves = space.subnets(new_prefix=21)
     nodes, rest = next(halves), next(halves)
-    api_server, endpoints, builds, *_ = rest.subnets(new_prefix=26)
+    api_server, endpoints, third, *_ = rest.subnets(new_prefix=26)
+    builds, runners = third.subnets(new_prefix=27)
     return {
         NODES: str(nodes),
         API_SERVER: str(next(api_server.subnets(new_prefix=28))),
         ENDPOINTS: str(endpoints),
-        BUILDS: str(next(builds.subnets(new_prefix=27))),
+        BUILDS: str(builds),
+        RUNNERS: str(runners),
     }
 
 
@@ -97,6 +100,7 @@ class Network(pulumi.ComponentResource):
                 ),
                 network.SubnetArgs(name=ENDPOINTS, address_prefix=cidrs[ENDPOINTS]),
                 network.SubnetArgs(name=BUILDS, address_prefix=cidrs[BUILDS], nat_gateway=gateway),
+                network.SubnetArgs(name=RUNNERS, address_prefix=cidrs[RUNNERS], nat_gateway=gateway),
             ],
             opts=pulumi.ResourceOptions(parent=self),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -24,6 +25,7 @@ from tests.engine.plans import edited, last_update, preview, state, written
 pytestmark = pytest.mark.timeout(900)
 
 SETTINGS = "Pulumi.prod.yaml"
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,17 @@ def prod(cloud: LocalCloud) -> Stack:
 def up(stack: Stack) -> tuple[int, str]:
     done = stack.pulumi("up", "--yes", "--skip-preview", check=False)
     return done.returncode, f"{done.stdout}\n{done.stderr}"
+
+
+def test_the_network_comes_first_and_alone(prod: Stack) -> None:
+    """`make network`: the rest of a private environment can be brought up from inside of it only."""
+    targets = re.search(r"^network:.*?\n(.*?)\n\n", MAKEFILE.read_text(), re.DOTALL | re.MULTILINE)
+    assert targets
+    wanted = [word for target in re.findall(r"--target '([^']+)'", targets[1]) for word in ("--target", target)]
+    done = prod.pulumi("up", "--yes", "--skip-preview", *wanted, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    made = {item["type"].rpartition(":")[2] for item in state(prod) if item["type"].startswith("azure-native:")}
+    assert made == {"ResourceGroup", "VirtualNetwork", "NatGateway", "PublicIPAddress"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +125,13 @@ def test_nothing_is_orphaned(prod: Stack, cloud: LocalCloud) -> None:
     held = {record.id.lower() for record in World(cloud.world).all()}
     assert {found for found in held if found.startswith(group)} <= ours
     assert ours <= held
+
+
+def test_what_is_sent_from_inside_waits_for_the_private_endpoints(prod: Stack) -> None:
+    sent = [item for item in state(prod) if item["type"].rpartition(":")[2] in ("FileUpload", "ImageBuild")]
+    assert len(sent) == 6  # two datasets, four images
+    for item in sent:
+        assert [urn for urn in item["dependencies"] if ":PrivateDnsZoneGroup::" in urn], item["urn"]
 
 
 def test_every_pod_is_on_the_pool_meant_for_it(prod: Stack, cloud: LocalCloud) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.settings import SettingsError
-from infra.network import API_SERVER, BUILDS, ENDPOINTS, NODES, Network, NetworkArgs, subnets
+from infra.network import API_SERVER, BUILDS, ENDPOINTS, NODES, RUNNERS, Network, NetworkArgs, subnets
 from infra.settings import Network as NetworkSettings
 from tests.unit.pulumi_mocks import Recorder, place
 from tests.unit.registrations import Request, deploy_with_requests, orphans
@@ -21,7 +21,7 @@ def made(**settings: Any) -> tuple[Recorder, dict[tuple[str, str], Request]]:
 @pytest.mark.parametrize("space", ["10.64.0.0/16", "172.16.16.0/20", "10.128.0.0/9"])
 def test_subnets_lie_in_the_space_and_apart(space: str) -> None:
     cidrs = {name: ipaddress.IPv4Network(cidr) for name, cidr in subnets(space).items()}
-    assert set(cidrs) == {NODES, API_SERVER, ENDPOINTS, BUILDS}
+    assert set(cidrs) == {NODES, API_SERVER, ENDPOINTS, BUILDS, RUNNERS}
     assert all(cidr.subnet_of(ipaddress.IPv4Network(space)) for cidr in cidrs.values())
     assert not any(a.overlaps(b) for a in cidrs.values() for b in cidrs.values() if a is not b)
     assert cidrs[API_SERVER].prefixlen == 28  # the smallest that AKS takes
