@@ -10,7 +10,7 @@ STACK_TESTS = $(BIN)/python -m pytest tests/stack -q -n 2 --dist loadfile
 CONTRACT_TESTS = $(BIN)/python -m pytest tests/contract -n 2 --dist loadscope --no-loadscope-reorder
 DOCKERFILES = $(wildcard */Dockerfile */*.Dockerfile)
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning bench-serving fuzz images preview up network destroy render dashboards clean
+.PHONY: help rehearse test unit tuning stack contract engine tools local local-down live lint format setup registry azurite lock bench-tuning bench-serving fuzz images preview up destroy render dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -108,11 +108,6 @@ preview up destroy: setup azurite tools
 else
 preview:  ## what `pulumi up` would change in an environment (STACK=dev), held against policy/; CLOUD=local: without Azure
 	$(PULUMI) preview --stack $(STACK) --policy-pack policy
-
-# The targets by their types: the resource group, and what infra/network.py makes.
-network:  ## the network of a private environment alone, from anywhere; the rest from inside of it: docs/day2.md (STACK=prod)
-	$(PULUMI) up --stack $(STACK) --policy-pack policy \
-	  --target '**azure-native:resources:ResourceGroup::group' --target '**drydock:infra:Network**'
 
 up:  ## bring an environment up (STACK=dev)
 	$(PULUMI) up --stack $(STACK) --policy-pack policy

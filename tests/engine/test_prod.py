@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -25,7 +24,6 @@ from tests.engine.plans import edited, last_update, preview, state, written
 pytestmark = pytest.mark.timeout(900)
 
 SETTINGS = "Pulumi.prod.yaml"
-MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +40,6 @@ def prod(cloud: LocalCloud) -> Stack:
 def up(stack: Stack) -> tuple[int, str]:
     done = stack.pulumi("up", "--yes", "--skip-preview", check=False)
     return done.returncode, f"{done.stdout}\n{done.stderr}"
-
-
-def test_the_network_comes_first_and_alone(prod: Stack) -> None:
-    """`make network`: the rest of a private environment can be brought up from inside of it only."""
-    targets = re.search(r"^network:.*?\n(.*?)\n\n", MAKEFILE.read_text(), re.DOTALL | re.MULTILINE)
-    assert targets
-    wanted = [word for target in re.findall(r"--target '([^']+)'", targets[1]) for word in ("--target", target)]
-    done = prod.pulumi("up", "--yes", "--skip-preview", *wanted, check=False)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    made = {item["type"].rpartition(":")[2] for item in state(prod) if item["type"].startswith("azure-native:")}
-    assert made == {"ResourceGroup", "VirtualNetwork", "NatGateway", "PublicIPAddress"}
 
 
 @pytest.mark.parametrize(
