@@ -283,11 +283,19 @@ def wrong(case: Case, answer: Answer, tier: Mapping[str, Any] | None) -> str | N
     if answer.status != 200:
         return f"status {answer.status}: neither an answer nor an error"
     if answer.text.startswith("data:"):
-        return _wrong_stream(case, answer.text, tier)
+        try:
+            return _wrong_stream(case, answer.text, tier)
+        except (LookupError, TypeError, AttributeError) as error:
+            return f"an event of another shape: {error!r}"
     try:
-        whole = json.loads(answer.text)
+        return _wrong_answer(case, json.loads(answer.text), tier)
     except ValueError:
         return "an answer that is not JSON"
+    except (LookupError, TypeError, AttributeError) as error:
+        return f"an answer of another shape: {error!r}"
+
+
+def _wrong_answer(case: Case, whole: Any, tier: Mapping[str, Any] | None) -> str | None:
     if any(choice.get("finish_reason") in ("abort", "error") for choice in whole["choices"]):
         return "a choice ended with abort or error"
     return _beyond(case, len(whole["choices"]), whole.get("usage") or {}, tier)

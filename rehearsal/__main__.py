@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import httpx
+
 from common import exits, logs
 from common.chat import prompt_messages
 from common.files import read_jsonl
@@ -64,11 +66,11 @@ def _rehearse(chain: Chain, *, keep: bool) -> int:
         return exits.INPUT
     except StageFailed as error:
         code, message = error.code, str(error)
-    except (RuntimeError, TimeoutError, OSError) as error:
+    except (RuntimeError, TimeoutError, OSError, httpx.HTTPError) as error:
         code, message = exits.FAILED, str(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\ninterrupted: stopping every process (the next run resumes the tuning)", file=sys.stderr)
-        return exits.INTERRUPTED
+        return exits.TERMINATED if signal.SIGTERM in stop.args else exits.INTERRUPTED
     chain.save()
     if written := report.main([str(chain.out)]):
         return code or int(written)
@@ -102,7 +104,7 @@ def _keep(chain: Chain) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

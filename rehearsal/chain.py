@@ -295,7 +295,10 @@ class Chain:
 
         def look() -> bool:
             for name, url in list(waiting.items()):
-                models = httpx.get(f"{url}/v1/models", timeout=5).json()["data"]
+                try:
+                    models = httpx.get(f"{url}/v1/models", timeout=5).json()["data"]
+                except httpx.TransportError:  # two busy cores: not yet
+                    return False
                 if any(model["id"] == adapter and model["root"].endswith(version) for model in models[1:]):
                     seconds[name] = round(time.time() - since, 3)
                     del waiting[name]

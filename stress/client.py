@@ -208,7 +208,10 @@ def read_whole(body: bytes, record: Record) -> None:
 
 def _text(value: dict[str, Any], part: str) -> bool:
     """Whether the first choice carries text (of the answer or of its reasoning)."""
-    for choice in value.get("choices") or ():
+    choices = value.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if not isinstance(choice, dict):
+            raise AnswerError("unexpected answer", f"a choice that is {choice!r:.100}")
         # vLLM answers 200 with finish_reason "abort" when it shuts down under a request
         if choice.get("finish_reason") in ("abort", "error"):
             raise AnswerError(f"finish_reason {choice['finish_reason']}")
@@ -220,7 +223,7 @@ def _text(value: dict[str, Any], part: str) -> bool:
 
 def _usage(value: dict[str, Any], record: Record) -> None:
     usage = value.get("usage")
-    if usage:
+    if isinstance(usage, dict):
         record.prompt_tokens = usage.get("prompt_tokens")
         record.completion_tokens = usage.get("completion_tokens")
 

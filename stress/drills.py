@@ -161,6 +161,19 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """SIGTERM inside raises `Terminated` at the end: what is under way is whole."""
+    came: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if came else previous)
+        if came:
+            raise Terminated
+
+
 def in_turn(plan: Plan, wanted: DrillSpec, wait_seconds: float) -> int:
     """Run the drills of `wanted` one after the other once all models answer; the exit code of the worst.
 
@@ -430,6 +443,9 @@ def long_prompts(plan: Plan, result: Result, scratch: Path) -> None:
     values |= {
         "requests": len(result.requests),
         "failed": figures.failed(result.requests),
+        "failed_short": figures.failed(
+            row for row in result.requests if row["phase"] == "mixed" and row["prompt"] == "normal"
+        ),
         "failures_by_reason": reasons(result.requests),
         "prompt_tokens": {},
     }
@@ -449,7 +465,7 @@ def replica_loss(plan: Plan, result: Result, scratch: Path) -> None:
     name = plan.replica or site.names()[0]
     site.check([name])
     result.values |= {"killed": name, "how": site.how}
-    _loss(plan, site, [name], lambda check: site.kill([name]), f"{name} killed", result, scratch)
+    _loss(plan, site, [name], lambda check: site.kill([name]), f"{name} killed", result, scratch, seed=3000)
 
 
 def node_drain(plan: Plan, result: Result, scratch: Path) -> None:
@@ -468,10 +484,11 @@ def node_drain(plan: Plan, result: Result, scratch: Path) -> None:
         return cluster.drain(names, plan.timeout_seconds, check)
 
     try:
-        _loss(plan, cluster, names, drain, f"{', '.join(names)} evicted", result, scratch)
+        _loss(plan, cluster, names, drain, f"{', '.join(names)} evicted", result, scratch, seed=6000)
     finally:
-        cluster.uncordon(node)
-        result.event(f"node {node} uncordoned")
+        with held_back():
+            cluster.uncordon(node)
+            result.event(f"node {node} uncordoned")
 
 
 def _loss(
@@ -482,10 +499,13 @@ def _loss(
     taken: str,
     result: Result,
     scratch: Path,
+    *,
+    seed: int,
 ) -> None:
     """`take` the replicas `names` under load and wait until as many are ready again.
 
     Half the users stream and half do not: a router can send a lost request again, but not an answer that has begun.
+    `failed_not_begun`: without a first token when they failed.
     `recovery_seconds`: from the kill to 200 on the last one's /ready. `p95_ratio`: TTFT p95 of streamed requests
     started between the kill and the recovery, over that of those started before the kill (ramp left out).
     """
@@ -496,7 +516,7 @@ def _loss(
             "stream_share": 0.5,
             "long_share": 0.0,
             "duration_seconds": longest,
-            "seed": plan.spec.seed + 3000,
+            "seed": plan.spec.seed + seed,  # other prompts than another drill's, which would be in the prefix cache
         }
     )
     watchers = [Watcher(site, name, result) for name in names]
@@ -534,6 +554,7 @@ def _loss(
         "failed": figures.failed(rows),
         "failed_streams": figures.failed(r for r in rows if r["stream"]),
         "failed_non_streams": figures.failed(r for r in rows if not r["stream"]),
+        "failed_not_begun": figures.failed(r for r in rows if r["ttft_ms"] is None),
         "failed_before_kill": sum(r["error"] is not None and figures.ended_at(r) < killed_at for r in rows),
         "failures_by_reason": reasons(rows),
         "ttft_ms": {key: value for key, value in (("before", before), ("lost", lost)) if value},
@@ -798,7 +819,8 @@ def registry_unreachable(plan: Plan, result: Result, scratch: Path) -> None:
                 look()
                 sleep_checked(min(cluster.poll_seconds, plan.after_seconds), running.check)
         finally:
-            cluster.find_registry()
+            with held_back():
+                cluster.find_registry()
             found_at = result.event("registry in reach again")
         wait_all("sees", lambda value: value == 0, plan.timeout_seconds, running.check)
         seen_at = result.event("all replicas see it")

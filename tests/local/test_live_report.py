@@ -86,7 +86,7 @@ def whole() -> dict[str, Any]:
                 "replica_loss": load(
                     171, 1, failed_streams=1, recovery_seconds=71.9,
                     bounds=[
-                        bound("failed_non_streams", 0, 0, "at most 0 requests lost that the router could send again"),
+                        bound("failed_not_begun", 0, 0, "at most 0 requests lost that the router could send again"),
                         bound("recovery_seconds", 300, 71.9, "recovered within 300 s"),
                     ],
                 ),

@@ -212,6 +212,7 @@ def fake(out: Path, *, passed: bool = True, prompt: str = "staging: restart maps
             "long_share": 0.25,
             "short_p95_ratio": 1.31,
             "long_p95_ratio": 3.4,
+            "failed_short": 0,
             **{
                 name: {"requests": 100, "failed": 0, "ttft_ms": {"p50": p95 / 2, "p95": p95, "requests": 100}}
                 for name, p95 in (("baseline", 108.0), ("short", 141.5), ("long", 367.2))
@@ -234,6 +235,7 @@ def fake(out: Path, *, passed: bool = True, prompt: str = "staging: restart maps
             "failed": 4,
             "failed_streams": 4,
             "failed_non_streams": 0,
+            "failed_not_begun": 0,
             "failures_by_reason": {"connection reset": 4},
             "ttft_ms": {},
             "recovery_seconds": 26.4,
@@ -341,7 +343,7 @@ def test_has_every_key_of_the_contract(promoted: Path) -> None:
     assert [path for path in paths if report.get(found, path) is None] == []
     assert found["dataset"]["examples"] == 2400  # the main adapter's, not the first or last one's
     assert found["adapters"]["triage"]["dataset"]["examples"] == 700
-    assert [bound["held"] for bound in found["drills"]["long_prompts"]["bounds"]] == [True]
+    assert [bound["held"] for bound in found["drills"]["long_prompts"]["bounds"]] == [True, True]
     assert found["verdict"]["status"] == "promoted"
     assert "samples" not in found["evaluation"]
     assert found["absent"] == {}  # all is measured
@@ -648,6 +650,16 @@ def test_a_load_by_itself_is_judged_by_its_bounds_and_misses_no_chain(
     assert badge in page and ("not_held" in status) == ("verdict bad" in page)
     assert 'id="stress"' in page and 'id="tuning"' not in page and 'id="drills"' not in page
     assert ("ttft_p95_ms" in page) == (slo.ttft_p95_ms is not None)
+
+
+def test_a_drill_without_a_bound_is_measured_and_holds_nothing(tmp_path: Path) -> None:
+    write_json(
+        tmp_path / "drills/outage.json", {"drill": "outage", "recovery_seconds": 3500.0, "absent": {}, "events": []}
+    )
+    write_jsonl(tmp_path / "drills/outage.requests.jsonl", [])
+    found = report.build(tmp_path)
+    assert (found["verdict"]["status"], found["verdict"]["text"]) == ("measured", "1 measured")
+    assert "no bounds were given" in report.render(tmp_path, found)
 
 
 def test_a_load_at_a_rate_by_several_clients(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +14,12 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from pydantic import ValidationError
 
 from stress import cluster
 from stress.cluster import Api, Cluster, ClusterError
-from stress.scenarios import Bounds, judged
+from stress.drills import Terminated, held_back, terminable
+from stress.scenarios import Bounds, DrillSpec, judged
 
 Object = dict[str, Any]
 SERVING, TUNING = "drydock-serving", "drydock-tuning"
@@ -341,11 +345,33 @@ def test_a_pod_that_has_yet_to_tune_is_worth_waiting_for(world: FakeKubernetes, 
     assert found.tunes_or_will()
 
 
+def test_a_drill_is_not_held_by_those_alone_who_were_answered() -> None:
+    values = {"short_p95_ratio": 1.0, "failed_short": 195}
+    assert [item["held"] for item in judged("long-prompts", values, {}, Bounds())] == [True, False]
+
+
+def test_a_scenario_is_named_once() -> None:
+    with pytest.raises(ValidationError, match="outage: named twice"):
+        DrillSpec.model_validate({"scenarios": ["outage", "replica-loss", "outage"]})
+
+
+def test_sigterm_while_something_is_put_right_waits_for_it() -> None:
+    done: list[str] = []
+    with terminable():
+        with pytest.raises(Terminated), held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            done.append("uncordoned")
+        with held_back():
+            done.append("nothing came")
+    assert done == ["uncordoned", "nothing came"]
+
+
 def test_bounds_hold_at_their_limit_and_not_without_a_figure() -> None:
     bounds = Bounds(lost_requests=2, recovery_seconds=60)
-    held = judged("replica-loss", {"failed_non_streams": 2, "recovery_seconds": 60.5}, {}, bounds)
+    held = judged("replica-loss", {"failed_not_begun": 2, "recovery_seconds": 60.5}, {}, bounds)
     assert [(item["name"], item["held"]) for item in held] == [
-        ("failed_non_streams", True),
+        ("failed_not_begun", True),
         ("recovery_seconds", False),
     ]
     (absent,) = judged("outage", {}, {"recovery_seconds": "no token"}, bounds)

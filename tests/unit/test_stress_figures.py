@@ -207,10 +207,32 @@ def test_an_open_loop_tells_both_times() -> None:
     assert found["late_ms"]["p50"] == 50.0
     assert (found["failed"], found["not_sent"]) == (1, 1)
     assert [b["held"] for b in figures.bounds(found, Slo(ttft_p95_ms=900, error_rate=0.5))] == [True, True]
-    kept, unasked = figures.bounds(found, Slo(ttft_p95_ms=900))
-    assert kept["held"] and figures.told(unasked) == "not_sent: 1, at most 0: not held"
+    lacking, unasked = figures.bounds(found, Slo(ttft_p95_ms=900))
+    assert not lacking["held"] and figures.told(unasked) == "not_sent: 1, at most 0: not held"
     assert figures.bounds(found, Slo()) == []
     assert {"late_ms", "ttft_from_sending_ms", "not_sent"}.isdisjoint(figures.summary([row(1.0)]))
+
+
+@pytest.mark.parametrize(
+    ("failed", "shed", "slo", "held"),
+    [
+        (5, 0, {"ttft_p95_ms": 900}, [True]),
+        (6, 0, {"ttft_p95_ms": 900, "itl_p95_ms": 900}, [False, False]),
+        (3, 3, {"ttft_p95_ms": 900}, [False]),
+        (3, 3, {"ttft_p95_ms": 900, "shed_rate": 0.5}, [True, True]),  # judged by itself
+        (90, 0, {"ttft_p95_ms": 900, "error_rate": 0.95}, [True, True]),  # said to be fine
+    ],
+)
+def test_a_p95_is_not_held_where_more_failed_than_it_leaves_out(
+    failed: int, shed: int, slo: dict[str, float], held: list[bool]
+) -> None:
+    lost = [row(1.0, error="timeout", status=None, ttft_ms=None, itl_ms=[])] * failed
+    refused = [row(1.0, error="status 429", status=429, ttft_ms=None, itl_ms=[])] * shed
+    good = [row(1.0, ttft_ms=10.0)] * (100 - failed - shed)
+    found = figures.bounds(figures.summary([*good, *lost, *refused], (0.0, 10.0)), Slo.model_validate(slo))
+    assert [bound["held"] for bound in found] == held
+    if not held[0]:
+        assert "6 of 100 requests were not answered, more than a p95 leaves out" in figures.told(found[0])
 
 
 def test_figures_of_parts_add_up() -> None:
