@@ -53,7 +53,7 @@ def test_what_counts_as_a_fault() -> None:
     assert "3 choices" in str(seen(200, '{"choices": [{}, {}, {}], %s}' % (usage % 3)))
     assert "prompt tokens" in str(seen(200, '{"choices": [{}], "usage": {"prompt_tokens": 11}}'))
     assert "abort" in str(seen(200, '{"choices": [{"finish_reason": "abort"}]}'))
-    for odd in ("{}", "[]", '{"choices": null}', 'data: 5\n\ndata: [DONE]\n\n'):
+    for odd in ("{}", "[]", '{"choices": null}', "data: 5\n\ndata: [DONE]\n\n"):
         assert "another shape" in str(seen(200, odd))
     assert seen(500, "{}") == "status 500"
     assert seen(0, "no whole answer") == "no whole answer"
