@@ -25,7 +25,10 @@ from training.spec import TuningSettings
 
 @dataclass(frozen=True)
 class DatasetsArgs:
-    """`files`: the dataset of each adapter on this machine; `adapters`: their settings, which say what is held out."""
+    """`files`: the dataset of each adapter on this machine; `adapters`: their settings, which say what is held out.
+
+    `ways`: what must be there before the account can be reached, such as its private endpoint.
+    """
 
     place: Place
     storage: Storage
