@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -147,9 +148,17 @@ def wait_for(condition: Callable[[], bool], timeout_seconds: float, what: str, c
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` ports of the loopback interface that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """`count` ports of the loopback interface that nobody listens on now.
+
+    None that Linux gives to a connection (32768 and up): a server that is started again must find its own free.
+    """
+    found: set[int] = set()
+    numbers = random.SystemRandom()  # another's seed would give two processes the same ports
+    for _ in range(1000 * count + 1):
+        if len(found) == count:
+            return list(found)
+        port = numbers.randrange(12_000, 30_000)
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            found.add(port)
+    raise OSError(f"no {count} free ports from 12000 to 29999 on 127.0.0.1")

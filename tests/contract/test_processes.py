@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 from common import processes as module
 from common.files import write_json, write_jsonl
 from common.memory import MemoryWatch
-from common.processes import Processes, python, wait_for
+from common.processes import Processes, free_ports, python, wait_for
 
 
 def family(path: Path, trap: str = ":;") -> list[str]:
@@ -216,3 +217,12 @@ def test_the_evaluations_own_server_ends_with_the_evaluation(tmp_path: Path, num
     evaluation.send_signal(number)
     evaluation.wait(20)
     gone(server, seconds=3)
+
+
+def test_free_ports_are_none_that_a_connection_of_someone_else_may_get() -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert free_ports(0) == []
+    ports = free_ports(50)
+    assert len(set(ports)) == 50 and all(1024 < port < first for port in ports)
+    with socket.create_server(("127.0.0.1", ports[0])):
+        assert ports[0] not in free_ports(2000)
