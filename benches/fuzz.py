@@ -282,12 +282,9 @@ def wrong(case: Case, answer: Answer, tier: Mapping[str, Any] | None) -> str | N
         return _wrong_error(answer)
     if answer.status != 200:
         return f"status {answer.status}: neither an answer nor an error"
-    if answer.text.startswith("data:"):
-        try:
-            return _wrong_stream(case, answer.text, tier)
-        except (LookupError, TypeError, AttributeError) as error:
-            return f"an event of another shape: {error!r}"
     try:
+        if answer.text.startswith("data:"):
+            return _wrong_stream(case, answer.text, tier)
         return _wrong_answer(case, json.loads(answer.text), tier)
     except ValueError:
         return "an answer that is not JSON"

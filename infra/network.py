@@ -31,15 +31,11 @@ def subnets(address_space: str) -> dict[str, str]:
     overlap.
     """
     space = ipaddress.IPv4Network(address_space)
+    taken = {POD_CIDR: "the addresses of the cluster's pods", SERVICE_CIDR: "the addresses of the cluster's services"}
+    taken |= dict.fromkeys(RESERVED, "which AKS keeps for itself")
     overlaps = [
-        f"network.address_space: {address_space} overlaps {cidr}, the addresses of the cluster's {what}: "
-        "choose another, such as 10.64.0.0/16"
-        for cidr, what in ((POD_CIDR, "pods"), (SERVICE_CIDR, "services"))
-        if space.overlaps(ipaddress.IPv4Network(cidr))
-    ] + [
-        f"network.address_space: {address_space} overlaps {cidr}, which AKS keeps for itself: choose another, such as "
-        "10.64.0.0/16"
-        for cidr in RESERVED
+        f"network.address_space: {address_space} overlaps {cidr}, {what}: choose another, such as 10.64.0.0/16"
+        for cidr, what in taken.items()
         if space.overlaps(ipaddress.IPv4Network(cidr))
     ]
     if overlaps:
