@@ -17,13 +17,14 @@ import httpx
 import psutil
 
 from artifacts.adapter import repository
+from benches.around import MIDDLEWARE
 from common.files import read_json, write_json
 from common.processes import Processes, free_ports, python, wait_for
 from serving.client import Engine
 from serving.engine import is_ok, vllm_command, vllm_environment
 from serving.evaluate import evaluate, open_run
 from serving.spec import ServingSpec
-from serving.state import loaded_name, read_token
+from serving.state import loaded_name, prepare, read_token
 from training.publish import publish
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,13 @@ class Server:
         """Our engine, which asks for `key`; its one client belongs to the first of the `tiers`, if there are any."""
         keys = self.write_keys(tiers)
         self.start(python("serving", "engine", *self._shared(), "--port", str(self.port), "--api-keys", keys))
+
+    def start_engine_with_way_around(self) -> None:
+        """Our engine likewise, for those who ask for it without the request layer (benches/around.py)."""
+        prepare(self.folder / "state")
+        command = vllm_command(self.spec, host="127.0.0.1", port=self.port)
+        environment = vllm_environment(self.spec, state=self.folder / "state", api_keys=self.write_keys())
+        self.start([*command, "--middleware", MIDDLEWARE], environment)
 
     def write_keys(self, tiers: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """The file of API keys and tiers."""

@@ -4,8 +4,9 @@
 
     throughput_ratio    output tokens a second of ours / of vLLM alone. Both run, one is loaded at a time, in turn, for
                         seconds: the same requests in the same order, of fixed length; the median of the rounds' ratios
-    added_p50_ms        latency of a one-token request, one at a time, ours less vLLM alone: the median of pairs.
-                        layer_us is the request layer's own share, without a server
+    added_p50_ms        latency of a one-token request, one at a time, through the request layer less around it
+                        (benches/around.py), on one and the same server: the median of pairs
+    servers_p50_ms      likewise, ours less vLLM alone, each on its own server: with what one start has over another
     promote_seconds     from the moved tag to a client's request that the new version answers, sidecar included
     second_start_ratio  process start to the first 200 of /health: with the DRYDOCK_CACHE of a first start / without
     new_pod_start_ratio with --compile: likewise, in an empty DRYDOCK_CACHE into which the archive of the first is
@@ -38,25 +39,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benches.around import HEADER
 from benches.replica import ADAPTER, BASE, DATASET, Server, cpu_seconds, promote, prove, spec_of, tune, wait_traffic
 from common.files import read_json, read_jsonl, tree_digest, write_json
 from common.processes import Processes, python
 from serving.compiled import pack, unpack
 from serving.engine import cache_environment, vllm_command, vllm_environment
 from serving.spec import ServingSpec
-from serving.state import Aliases, Served, prepare, read_boot, write_aliases
+from serving.state import prepare
 from stress.figures import percentile
 from stress.prompts import PromptSource, read_rows
 
 SEED = 1
 THROUGHPUT_BAR = 0.98
+ADDED_BAR_MS = 1.0
 AGREEMENT_BAR = 0.05
 CONCURRENCY = 8
 SETTLE_SECONDS = 0.3  # for what a server has to catch up with that was stopped
@@ -66,7 +69,6 @@ CLIENT_ROUNDS = 3
 PROMPT_TOKENS, ANSWER_TOKENS = 200, 32
 CHARS_PER_TOKEN = 3.0  # of the rehearsal's base on its own rows, about: all that matters is that both get the same
 SINGLES = 12
-LAYER_CALLS = 3000
 RESAMPLES = 2000
 POLL_SECONDS = ServingSpec.model_fields["poll_seconds"].default  # as replicas do: each look of the sidecar is a request
 CORES = sorted(os.sched_getaffinity(0))
@@ -82,21 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of bench-serving.json [%(default)s]")
     parser.add_argument("--blocks", type=int, default=5, help="starts of both servers [%(default)s]")
     parser.add_argument("--rounds", type=int, default=6, help="of each load on each server in a block [%(default)s]")
-    parser.add_argument("--singles", type=int, default=240, help="one-token requests in a block [%(default)s]")
+    parser.add_argument("--singles", type=int, default=240, help="one-token requests to each in a block [%(default)s]")
+    parser.add_argument("--pairs", type=int, default=480, help="of them through and around the layer [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="second start with torch.compile (needs a C++ compiler)")
     parser.add_argument("--load", type=json.loads, metavar="JSON", help=argparse.SUPPRESS)
-    parser.add_argument("--layer", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.load:
         print(json.dumps(asyncio.run(globals()[arguments.load.pop("kind")](**arguments.load))))
         return 0
-    if arguments.layer:
-        print(json.dumps(asyncio.run(layer(arguments.layer))))
-        return 0
     folder = arguments.out / "bench-serving"
     shutil.rmtree(folder, ignore_errors=True)
     with on_cores(CLIENTS):
-        result = facts() | measure(folder, arguments.blocks, arguments.rounds, arguments.singles)
+        result = facts() | measure(folder, arguments.blocks, arguments.rounds, arguments.singles, arguments.pairs)
     with Processes() as processes:
         result |= starts(processes, folder, compiled=arguments.compile)
     write_json(arguments.out / "bench-serving.json", result)
@@ -131,12 +130,13 @@ def on_cores(cores: Iterable[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def measure(folder: Path, blocks: int, rounds: int, singles: int) -> dict[str, Any]:
+def measure(folder: Path, blocks: int, rounds: int, singles: int, pairs: int) -> dict[str, Any]:
     """All that needs both servers."""
     store = folder / "store"
     result: dict[str, Any] = {}
     load: dict[str, list[dict[str, Any]]] = {"whole": [], "streaming": []}
     asked: list[dict[str, list[float]]] = []
+    added: list[list[float]] = []
     with Processes() as processes:
         run = tune(processes, folder)
     for block in range(blocks):
@@ -154,19 +154,21 @@ def measure(folder: Path, blocks: int, rounds: int, singles: int) -> dict[str, A
                 told = ", ".join(f"{name} {statistics.median(each):,.0f}" for name, each in speeds)
                 _say(f"block {block + 1} of {blocks}, {mode}: tokens/s: {told}")
             asked.append(_apart("one_by_one", targets=targets, requests=singles))
+            added.append(_apart("through_and_around", targets=targets, pairs=pairs))
+            _say(f"block {block + 1} of {blocks}, the layer adds {statistics.median(added[-1]):.2f} ms")
             if block == blocks - 1:
                 servers["bare"].stop()
                 result["stress_agreement"] = _agreement(processes, ours, folder / "agreement")
     result["throughput"] = {mode: _throughput(seen) for mode, seen in load.items()}
     result["throughput_ratio"] = min(each["ratio"]["value"] for each in result["throughput"].values())
     result["throughput_bar"] = THROUGHPUT_BAR
-    result["added_p50_ms"] = of_blocks(
+    result["added_p50_ms"] = of_blocks(added)
+    result["servers_p50_ms"] = of_blocks(
         [[ours - bare for ours, bare in zip(of["ours"], of["bare"], strict=True)] for of in asked]
     )
     result["latency_p50_ms"] = {
         name: statistics.median(itertools.chain.from_iterable(of[name] for of in asked)) for name in servers
     }
-    result["layer_us"] = json.loads(_child(["--layer", str(folder / "layer")]))
     return result
 
 
@@ -186,7 +188,7 @@ def _pair(processes: Processes, folder: Path, run: Path, store: Path, *, bare_fi
     if bare_first:
         start_bare()
     with on_cores(SERVERS):
-        ours.start_engine()
+        ours.start_engine_with_way_around()
     ours.wait("/health")
     if not store.exists():
         prove(ours, run)
@@ -336,10 +338,32 @@ async def one_by_one(targets: Mapping[str, Any], *, requests: int) -> dict[str, 
     return seen
 
 
-async def _ask(client: Any, body: dict[str, Any]) -> float:
+async def through_and_around(targets: Mapping[str, Any], *, pairs: int) -> list[float]:
+    """Of pairs of the same one-token request to ours, what the one through the layer took longer, in ms.
+
+    Each is first in turn. In the prefix cache, as in `one_by_one`.
+    """
+    source = PromptSource(read_rows(DATASET), SEED + 2000, CHARS_PER_TOKEN)
+    bodies = [_body(source, number, tokens=1) for number in range(SINGLES)]
+    added: list[float] = []
+    async with alone("ours", targets) as client:
+        async with client.post("/v1/chat/completions", json=bodies[0]) as response:
+            loaded = (await response.json())["model"]  # the alias is the layer's
+        for number in range(-2 * SINGLES, pairs):
+            through = bodies[number % SINGLES]
+            seconds = {}
+            for around in (False, True) if number % 2 else (True, False):
+                body = {**through, "model": loaded} if around else through
+                seconds[around] = await _ask(client, body, **({HEADER: "1"} if around else {}))
+            if number >= 0:  # the ones before warm up
+                added.append(seconds[False] - seconds[True])
+    return added
+
+
+async def _ask(client: Any, body: dict[str, Any], **headers: str) -> float:
     """Latency in ms. Raises RuntimeError unless the answer has the tokens that were asked for."""
     started = time.perf_counter()
-    async with client.post("/v1/chat/completions", json=body) as response:
+    async with client.post("/v1/chat/completions", json=body, headers=headers) as response:
         text = await response.text()
     seconds = time.perf_counter() - started
     if response.status != 200 or f'"completion_tokens":{body["max_tokens"]}' not in text:
@@ -357,50 +381,6 @@ def _child(arguments: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"benches.serving {arguments[0]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout.splitlines()[-1]
-
-
-async def layer(folder: Path) -> dict[str, float]:
-    """Microseconds that the request layer takes for one request, p50 and p95, over an application that does nothing."""
-    spec = spec_of(folder / "store")
-    server = Server(Processes(), folder, spec)
-    keys = server.write_keys()
-    os.environ |= vllm_environment(spec, state=folder / "state", api_keys=keys)
-    from serving.middleware import RequestLayer
-
-    async def nothing(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
-
-    application = RequestLayer(nothing)
-    served = Served(version="0" * 8, digest="sha256:" + "0" * 64, parity_difference=0.0, since=time.time())
-    boot = read_boot(folder / "state")
-    assert boot
-    write_aliases(folder / "state", Aliases(boot=boot, ready=True, aliases={ADAPTER: served}))
-    source = PromptSource(read_rows(DATASET), SEED, CHARS_PER_TOKEN)
-    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {server.key}".encode())]
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
-             "headers": headers}  # fmt: skip
-    statuses: list[int] = []
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    async def once(app: Callable[..., Any], body: bytes) -> float:
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        started = time.perf_counter()
-        await app(scope, receive, send)
-        return (time.perf_counter() - started) * 1e6
-
-    bodies = [json.dumps(_body(source, number, tokens=1)).encode() for number in range(200)]
-    taken = [await once(application, body) - await once(nothing, body) for body in itertools.islice(
-        itertools.cycle(bodies), LAYER_CALLS)]  # fmt: skip
-    if set(statuses) != {200}:
-        raise RuntimeError(f"the layer refused its own measurement: {sorted(set(statuses))}")
-    return {"p50": percentile(taken, 50), "p95": percentile(taken, 95)}
 
 
 # --- Two clients on one server ----------------------------------------------------------------------------------------
@@ -588,7 +568,7 @@ def compiling(command: list[str]) -> list[str]:
 
 def table(result: Mapping[str, Any]) -> str:
     """What was measured, for people."""
-    added_ms, layer_us, starts = result["added_p50_ms"], result["layer_us"], result["starts"]
+    starts = result["starts"]
     lines = ["", f"{'tokens/s':<28}{'ours':>9}{'vLLM alone':>12}{'ratio':>8}   95 % interval"]
     for mode, of in result["throughput"].items():
         speed, ratio, cpu = of["tokens_per_second"], of["ratio"], of["cpu_ratio"]
@@ -597,8 +577,10 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"{mode:<28}{speed['ours']:>9,.0f}{speed['bare']:>12,.0f}{ratio['value']:>8.3f}   {spread}")
     lines += [
         f"{'throughput_ratio':<28}{result['throughput_ratio']:>9.3f}   at least {THROUGHPUT_BAR}",
-        f"{'added_p50_ms':<28}{added_ms['value']:>9.2f}   {added_ms['low']:.2f} to {added_ms['high']:.2f}; "
-        f"the layer itself {layer_us['p50'] / 1000:.3f}",
+        *(
+            f"{name:<28}{result[name]['value']:>9.2f}   {result[name]['low']:.2f} to {result[name]['high']:.2f}; {bar}"
+            for name, bar in (("added_p50_ms", f"at most {ADDED_BAR_MS}"), ("servers_p50_ms", "of two servers"))
+        ),
         f"{'promote_seconds':<28}{result['promote_seconds']['median']:>9.2f}",
         f"{'second_start_ratio':<28}{result['second_start_ratio']:>9.2f}   {starts['second_seconds']:.1f} s after "
         f"{starts['first_seconds']:.1f} s; {starts['mode']}",

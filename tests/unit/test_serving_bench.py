@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benches.around import HEADER, Around
 from benches.replica import spec_of
-from benches.serving import agreement, compiling, layer, of_blocks
+from benches.serving import agreement, compiling, of_blocks
 from serving.engine import vllm_command
+from serving.middleware import RequestLayer
 
 
 def test_what_is_said_of_blocks_is_as_uncertain_as_blocks_are_few() -> None:
@@ -44,9 +46,27 @@ def test_a_start_that_compiles_leaves_out_what_keeps_vllm_from_it_on_a_cpu(tmp_p
     assert found[-2:] == command[-2:] and '{"disable_any_whitespace": true, "backend": "xgrammar"}' in found
 
 
-def test_the_layer_alone_is_measured_on_requests_that_it_lets_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # so that what `layer` sets is undone
-    seen = asyncio.run(layer(tmp_path))
-    assert 0 < seen["p50"] <= seen["p95"] < 50_000
+def test_only_who_asks_for_it_gets_around_the_layer() -> None:
+    seen: list[str] = []
+
+    async def vllm(*_: Any) -> None:
+        seen.append("vllm")
+
+    class Layer(RequestLayer):
+        def __init__(self) -> None:
+            self.app = vllm
+
+        async def __call__(self, *_: Any) -> None:
+            seen.append("layer")
+
+    async def send(_: Any) -> None: ...
+
+    async def receive() -> Any: ...
+
+    around = Around(Layer())
+    for headers in ([], [(HEADER.encode(), b"1")], [(b"host", b"a")]):
+        asyncio.run(around({"type": "http", "headers": headers}, receive, send))
+    asyncio.run(around({"type": "lifespan"}, receive, send))
+    assert seen == ["layer", "vllm", "layer", "layer"]
+    with pytest.raises(TypeError, match="must be the next --middleware"):
+        Around(vllm)
