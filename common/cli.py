@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -36,21 +38,36 @@ def run(
     logging.captureWarnings(as_json)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()  # here, where it is known what a failure means
+        return code
     except SettingsError as error:
         for problem in error.problems if as_json else [str(error)]:
             tell(problem, as_json=as_json)
         return exits.INPUT
     except failures as error:
-        tell(str(error), as_json=as_json)
+        if not (isinstance(error, BrokenPipeError) and _reader_left()):
+            tell(str(error), as_json=as_json)
         return exits.FAILED
     except KeyboardInterrupt:
         return exits.INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return exits.FAILED
         if not as_json:
             raise
         log.critical("%s: %s", type(error).__name__, error, exc_info=True)
         return exits.FAILED
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; what it still holds is dropped then."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in output.poll(0))  # poll(2): a pipe whose reading end is closed
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def tell(problem: str, *, as_json: bool) -> None:

@@ -83,7 +83,7 @@ def datasets(env: Environment, root: Path) -> tuple[dict[str, Path], list[str]]:
 
 def problems(env: Environment, files: Mapping[str, Path]) -> list[str]:
     """Everything that would fail later, each with its setting first; `files` are the datasets that are here."""
-    return [*_addresses(env), *_drivers(env), *_fit(env), *_datasets(env, files)]
+    return [*_addresses(env), *_fit(env), *_datasets(env, files)]
 
 
 def example_addresses(env: Environment) -> list[str]:
@@ -103,31 +103,34 @@ def _addresses(env: Environment) -> list[str]:
     return []
 
 
-def _drivers(env: Environment) -> Iterator[str]:
-    """Sizes whose GPUs our images cannot use. KAITO's own image is made for an older CUDA (torch 2.11, cu129)."""
+def _drivers(env: Environment) -> dict[tuple[str, str], str]:
+    """(pool, size) whose GPUs our images cannot use, and why. KAITO's is made for an older CUDA (torch 2.11, cu129)."""
     if env.serving.device != "cuda":
-        return
+        return {}
     ours = {env.tuning.pool} if env.adapters else set()  # tuned by KAITO, an adapter is still evaluated by our image
     ours |= {env.serving.pool} if env.serving.runtime == "direct" else set()
-    for name in sorted(ours):
-        pool = env.pools[name]
-        for size in pool.sizes:
-            if problem := check_driver(sku(size)):
-                yield f"pools.{name}.{'vm_size' if size == pool.vm_size else 'alternatives'}: {problem}"
+    sizes = ((pool, size) for pool in sorted(ours) for size in env.pools[pool].sizes)
+    return {(pool, size): problem for pool, size in sizes if (problem := check_driver(sku(size)))}
 
 
 def _fit(env: Environment) -> Iterator[str]:
-    serving, pool = env.serving, env.pools[env.serving.pool]
-    for size in pool.sizes if serving.device == "cuda" else ():
+    undriven = _drivers(env)
+    for (pool, size), problem in undriven.items():
+        yield f"pools.{pool}.{'vm_size' if size == env.pools[pool].vm_size else 'alternatives'}: {problem}"
+
+    def usable(pool: str) -> list[str]:  # what would fit another one is not to be tried there
+        return [size for size in env.pools[pool].sizes if (pool, size) not in undriven]
+
+    serving, sizes = env.serving, usable(env.tuning.pool)
+    for size in usable(serving.pool) if serving.device == "cuda" else ():
         found = check_serving(
             env.base.model, env.base.figures, size, serving, adapters=len(env.adapters), lora_rank=env.max_lora_rank
         )
         yield from (f"serving.max_model_len: {line}" for line in found)
-    pool = env.pools[env.tuning.pool]
-    for name, adapter in env.adapters.items():
-        found = check_tuning(name, adapter, env.base.figures, pool.sizes, gpus=env.tuning.gpus, nodes=env.tuning.nodes)
+    for name, adapter in env.adapters.items() if sizes else ():
+        found = check_tuning(name, adapter, env.base.figures, sizes, gpus=env.tuning.gpus, nodes=env.tuning.nodes)
         if serving.device == "cuda":
-            found += check_evaluation(name, adapter, serving, env.base.figures, pool.sizes)
+            found += check_evaluation(name, adapter, serving, env.base.figures, sizes)
         yield from (f"adapters.{name}: {line}" for line in found)
 
 

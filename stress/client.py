@@ -73,7 +73,11 @@ class AnswerError(Exception):
 def _checked(url: str) -> SplitResult:
     """The parts of `url`. Raises `ValueError` for an unusable one."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or beyond 65535
+        usable = False
+    if not usable:
         raise ValueError(f"not a URL like http://127.0.0.1:8000, found {url!r}")
     return parts
 

@@ -626,6 +626,22 @@ class Prober:
         return min(times, default=None)
 
 
+def _until_served(prober: Prober, timeout_seconds: float) -> None:
+    """Wait for a first token; a refused key is told at once, since waiting heals none."""
+
+    def refused() -> None:
+        last = prober.records[-1]
+        if last.status in (401, 403):
+            raise NotMeasuredError(
+                f"before the drill: {prober.router} refuses the key in DRYDOCK_API_KEY: {last.error}"
+            )
+
+    def reason() -> str:
+        return f"before the drill: no token through {prober.router}, but {prober.records[-1].error},"
+
+    wait_until(lambda: prober.probe().error is None, timeout_seconds, reason, refused)
+
+
 def outage(plan: Plan, result: Result, scratch: Path) -> None:
     """Kill all replicas and time the way back to the first token through the router.
 
@@ -638,9 +654,7 @@ def outage(plan: Plan, result: Result, scratch: Path) -> None:
     names = site.names()
     site.check(names)
     prober = Prober(site.router, plan.spec, read_rows(plan.dataset))
-    wait_until(
-        lambda: prober.probe().error is None, plan.timeout_seconds, f"before the drill: no token through {site.router}"
-    )
+    _until_served(prober, plan.timeout_seconds)
     watchers = [Watcher(site, name, result) for name in names]
     prober.ticker.start()
     token_at: float | None = None

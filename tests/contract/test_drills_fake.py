@@ -139,6 +139,15 @@ def test_a_fleet_that_is_not_ready_is_left_alone(tmp_path: Path, common: list[An
     assert read_json(tmp_path / "drills" / "outage.json")["failure"]
 
 
+def test_an_outage_is_not_begun_with_a_key_that_is_refused(tmp_path: Path, common: list[Any]) -> None:
+    began = time.monotonic()
+    with FakeFleet(tmp_path, key="k3y") as fleet:
+        done = stress("drill", "outage", *common[:-1], 50, env=os.environ | {"DRYDOCK_API_KEY": "another"})
+        assert done.returncode == 1 and fleet.restarts == 0
+    assert "refuses the key in DRYDOCK_API_KEY: status 401" in done.stderr
+    assert time.monotonic() - began < 25, "no wait heals a key"
+
+
 @contextlib.contextmanager
 def drill_under_load(common: list[Any]) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A replica-loss drill whose load has begun, and the processes below it."""

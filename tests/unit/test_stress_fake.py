@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "every": {},  # {"status": 5} = each fifth chat request is answered with 503; see `KINDS`
     "engine_seconds": 0.0,  # connection refused for so long, as vLLM does while it loads the model
     "adapters_seconds": 0.0,  # then /health is 200, but /ready is 503 and no adapter is known yet
+    "key": None,  # an API key without which a request is answered 401
     "limits": {},  # {"KEY": 1} = more requests at once with this API key are answered 429 with Retry-After: 1
     "log": None,  # JSONL of what was done to each request
 }
@@ -93,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
             full = key in self.config["limits"] and Handler.of_key[key] >= self.config["limits"][key]
             Handler.of_key[key] += 1
         try:
-            if full:
+            if self.config["key"] not in (None, key):
+                self.plain(401, {"error": {"message": "no such key"}})
+            elif full:
                 done["kind"] = "shed"
                 self.plain(429, {"error": {"message": "full"}}, Retry_After="1")
             else:

@@ -151,8 +151,9 @@ def test_a_remote_target_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     common = ["--dataset", str(data), "--out", str(tmp_path), "--models", "a"]
     assert main(["run", "--target", "http://192.0.2.7:8000", *common]) == 2
     assert "--allow-remote" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="not a URL"):
-        check_target("drydock", allow_remote=True)
+    for mistyped in ("drydock", "http://drydock:80a", "http://drydock:99999", "http://drydock:0"):
+        with pytest.raises(SettingsError, match="not a URL"):
+            check_target(mistyped, allow_remote=True)
     assert main(["run", "--target", "http://127.0.0.1:9", "--listen", "127.0.0.1:5557", *common]) == 2
     assert "one process makes this load by itself: raise workers" in capsys.readouterr().err
     assert main(["worker", "--target", "http://192.0.2.7:8000", "--master", "127.0.0.1:5557"]) == 2
