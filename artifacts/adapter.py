@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from safetensors import SafetensorError, safe_open
 
 from artifacts.store import TITLE, Artifact, NotFound, Store
+from common import tensors
 from common.lora import ADAPTER_NAME, MAX_LORA_RANK, vllm_lora_rank
 
 CARD_TYPE = "application/vnd.drydock.adapter.v1+json"
@@ -241,13 +241,12 @@ def lora_shapes(weights: Path) -> dict[str, tuple[int, int]]:
     A linear layer's is `(out, in)`, an embedding's `(rows, width)`.
     """
     sides, embeddings = {}, set()
-    with safe_open(weights, framework="np") as file:
-        for key in file.keys():  # noqa: SIM118
-            if match := _LORA_KEY.fullmatch(key):
-                sides[match["module"], match["side"]] = file.get_slice(key).get_shape()
-                embeddings |= {match["module"]} if match["embedding"] else set()
-    shapes = {module: (sides[module, "B"][0], sides[module, "A"][1]) for module in sorted({each for each, _ in sides})}
-    return {module: shape[::-1] if module in embeddings else shape for module, shape in shapes.items()}
+    for key, shape in tensors.shapes(weights).items():
+        if match := _LORA_KEY.fullmatch(key):
+            sides[match["module"], match["side"]] = shape
+            embeddings |= {match["module"]} if match["embedding"] else set()
+    pairs = {module: (sides[module, "B"][0], sides[module, "A"][1]) for module in sorted({each for each, _ in sides})}
+    return {module: pair[::-1] if module in embeddings else pair for module, pair in pairs.items()}
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:
@@ -282,10 +281,9 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
 def _weight_problems(path: Path, rank: int | None) -> list[str]:
     """Problems in the tensors' names and shapes. `rank` None: each pair's own rank is not compared."""
     try:
-        with safe_open(path, framework="np") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        return [f"not a whole safetensors file ({error}); save the adapter again"]
+        shapes = tensors.shapes(path)
+    except ValueError as error:
+        return [f"{error}; save the adapter again"]
     if not shapes:
         return ["holds no tensors; save the adapter again, with its adapter active"]
     problems, sides, embeddings, strange = [], {}, [], []

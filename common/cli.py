@@ -60,6 +60,14 @@ def run(
         return exits.FAILED
 
 
+def host_port(text: str, option: str) -> tuple[str, int]:
+    """`HOST:PORT`, given as `option`, as such. Raises `SettingsError`."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise SettingsError([f"{option}: {text!r}: not an address such as 127.0.0.1:5557"])
+    return host.strip("[]"), int(port)
+
+
 def _reader_left() -> bool:
     """Whether nobody reads standard output any more, as after `| head`; what it still holds is dropped then."""
     output = select.poll()

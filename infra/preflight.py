@@ -17,7 +17,7 @@ from infra.fit import check_driver, check_evaluation, check_serving, check_tunin
 from infra.network import subnets
 from infra.settings import ROOT, Environment, load_environment, located
 from training import source
-from training.dataset import Checked, Limits, Problem, read
+from training.dataset import Limits, Problem, is_held_out, read, split_problem
 
 SHOWN_PROBLEMS = 20  # of one dataset: enough to see the pattern
 EXAMPLE_RANGES = tuple(ipaddress.IPv4Network(text) for text in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24"))
@@ -135,22 +135,24 @@ def _fit(env: Environment) -> Iterator[str]:
 
 
 def _datasets(env: Environment, files: Mapping[str, Path]) -> Iterator[str]:
-    checked: set[tuple[Path, int]] = set()  # adapters may share a file: it is read, and told, once
+    checked: set[tuple[Path, int]] = set()  # adapters may share a file: its rows are told once
     for name, path in files.items():
-        adapter = env.adapters[name]
+        adapter, prefix = env.adapters[name], f"adapters.{name}.dataset: {source.public(env.adapters[name].dataset)}"
+        split, more = [0, 0], 0
+        problems: list[str] = []
+        for item in read(path, Limits(adapter.max_seq_length)):
+            if not isinstance(item, Problem):
+                split[is_held_out(item[1], adapter.held_out_fraction)] += 1
+            elif len(problems) < SHOWN_PROBLEMS:
+                problems.append(f"{prefix}:{item}")
+            else:
+                more += 1
         key = (path, adapter.max_seq_length)
         if key not in checked:
-            checked.add(key)
-            for line in _dataset(path, source.public(adapter.dataset), adapter.max_seq_length):
-                yield f"adapters.{name}.dataset: {line}"
-
-
-def _dataset(path: Path, shown: str, max_seq_length: int) -> Iterator[str]:
-    found, summary = 0, Checked()
-    for item in read(path, Limits(max_seq_length), summary):
-        if isinstance(item, Problem):
-            found += 1
-            if found <= SHOWN_PROBLEMS:
-                yield f"{shown}:{item}"
-    if found > SHOWN_PROBLEMS:
-        yield f"{shown}: {found - SHOWN_PROBLEMS} more problems: python -m training check {shown}"
+            yield from problems
+            if more:
+                yield f"{prefix}: {more:,} more problems: python -m training check {source.public(adapter.dataset)}"
+        checked.add(key)
+        least = adapter.gate.min_examples
+        if not problems and (lack := split_problem(split[0], split[1], adapter.held_out_fraction, least)):
+            yield f"{prefix}: {lack}"

@@ -158,6 +158,8 @@ def _sidecar(arguments: argparse.Namespace) -> int:
     from serving.state import prepare, read_token
 
     spec = load_settings(arguments.spec, ServingSpec)
+    off = arguments.metrics_address == "off"
+    address = None if off else cli.host_port(arguments.metrics_address, "--metrics-address")
     prepare(arguments.state)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -168,9 +170,8 @@ def _sidecar(arguments: argparse.Namespace) -> int:
         if arguments.faults:
             store = drilled(store, arguments.faults)
         sidecar = Sidecar(spec, store, engine, arguments.state, cache)
-        if arguments.metrics_address != "off":
-            host, _, port = arguments.metrics_address.rpartition(":")
-            start_http_server(int(port), host, registry=sidecar.metrics.registry)
+        if address:
+            start_http_server(address[1], address[0], registry=sidecar.metrics.registry)
         while not stop.is_set():
             settled = sidecar.look()
             stop.wait(spec.poll_seconds if settled else min(0.5, spec.poll_seconds))

@@ -24,6 +24,7 @@ from common.settings import SettingsError, load_settings
 from serving import canaries
 from serving.client import Answer, Engine
 from serving.scores import BOOTSTRAP_SEED, METRICS, RESAMPLES, gain_interval
+from training.publish import subject
 from training.spec import GateSpec, TuningSpec
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def evaluate(run: Run, engine: Engine, base: str, *, context: int | None = None)
         "metric": gate.metric,
         **main,
         "min_gain": gate.min_gain,
+        **subject(run.folder, run.spec),
         "examples": len(rows),
         "held_out": sum(1 for _ in read_jsonl(run.folder / "held_out.jsonl")),
         "passed": passed,

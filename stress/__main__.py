@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from common import exits
+from common.cli import host_port
 from common.settings import SettingsError, explain, load_settings
 from stress import cluster
 from stress.client import api_keys, check_target
@@ -220,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     except SettingsError as error:
         print("\n".join(f"stress: {problem}" for problem in error.problems), file=sys.stderr)
         return exits.INPUT
+    except OSError as error:  # what the network does is in the figures: this is the output folder, or a full disk
+        print(f"stress: {error}", file=sys.stderr)
+        return exits.FAILED
     except KeyboardInterrupt:
         return exits.INTERRUPTED
 
@@ -271,23 +275,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _workers(arguments: argparse.Namespace, spec: LoadSpec) -> Workers:
-    from stress.workers import Workers, address
+    from stress.workers import Workers
 
     command = [sys.executable, "-m", "stress", "worker", "--target", arguments.target]
     return Workers(
         spec,
         command=command + ["--allow-remote"] * arguments.allow_remote,
-        listen=address(arguments.listen) if arguments.listen else None,
+        listen=host_port(arguments.listen, "--listen") if arguments.listen else None,
         join_seconds=arguments.join_seconds,
     )
 
 
 def _worker(arguments: argparse.Namespace) -> int:
     check_target(arguments.target, arguments.allow_remote)
-    from stress.workers import address, work
+    from stress.workers import work
 
     return work(
-        address(arguments.master),
+        host_port(arguments.master, "--master"),
         arguments.target,
         wait_seconds=arguments.wait_seconds,
         follow_parent=arguments.follow_parent,

@@ -68,14 +68,6 @@ HERE, PART, READY, BEGIN, RECORDS, SAID, END, DONE = (
 Address = tuple[str, int]
 
 
-def address(text: str) -> Address:
-    """`HOST:PORT` as such. Raises `SettingsError`."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise SettingsError([f"{text!r}: not an address such as 10.0.0.4:5557"])
-    return host.strip("[]"), int(port)
-
-
 class ChatUser(User):  # type: ignore[misc]
     """What the workers' users are to the master, who counts them by this name and never makes one."""
 

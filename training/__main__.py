@@ -120,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
 
     check = command("check", "list every problem of a dataset, with its line; write nothing", CHECK)
     check.add_argument("file", help="local path, https://... or az://ACCOUNT/CONTAINER/PATH")
-    check.add_argument("--spec", type=Path, help="settings file: its base and max_seq_length set the limits")
+    check.add_argument(
+        "--spec", type=Path, help="settings file: its base, max_seq_length, held_out_fraction and gate set the limits"
+    )
     check.add_argument("--base", help="folder of the base model: counts prompts in its tokens")
     check.add_argument("--max-seq-length", type=int, help="default: the spec's, otherwise 1024")
     check.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -161,8 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from training.base import base_limits
-    from training.dataset import Checked, Problem, read
+    from training.dataset import Checked, Limits, Problem, is_held_out, read, split_problem
     from training.source import local, public
 
     spec = load_settings(arguments.spec, TuningSpec) if arguments.spec else None
@@ -170,12 +171,23 @@ def _check(arguments: argparse.Namespace) -> int:
     name = public(arguments.file)
     base = arguments.base or (spec.base_model if spec else None)
     default = spec.max_seq_length if spec else TuningSpec.model_fields["max_seq_length"].default
-    limits = base_limits(base, arguments.max_seq_length or default)
-    started, checked = time.monotonic(), Checked()
+    limits = Limits(arguments.max_seq_length or default)
+    if base:
+        try:
+            from training.base import base_limits
+
+            limits = base_limits(base, limits.max_seq_length)
+        except ModuleNotFoundError as error:  # on a deployer's machine, which has what `pulumi up` needs
+            said = f"{base}: its tokens are counted by {error.name}, which `make setup` installs into .venv"
+            raise SettingsError([f"{said}: use .venv/bin/python, or leave the base out"]) from None
+    started, checked, held_out = time.monotonic(), Checked(), 0
+    told = sys.stderr if arguments.json else sys.stdout
     try:
         for item in read(path, limits, checked):
             if isinstance(item, Problem):
-                print(f"{name}:{item}", file=sys.stderr if arguments.json else sys.stdout)
+                print(f"{name}:{item}", file=told)
+            elif spec:
+                held_out += is_held_out(item[1], spec.held_out_fraction)
     except OSError as error:
         raise SettingsError([f"{name}: {error.strerror}"]) from None
     seconds = time.monotonic() - started
@@ -185,11 +197,20 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         bad = f"{checked.rejected:,} with problems" if checked.rejected else "no problems"
         print(f"{name}: {checked.rows:,} good rows, {bad} ({seconds:.1f} s)")
-    return exits.INPUT if checked.rejected else exits.OK
+    problem = None
+    if spec and not checked.rejected:
+        least = spec.gate.min_examples
+        problem = split_problem(checked.rows - held_out, held_out, spec.held_out_fraction, least)
+    if problem:
+        print(f"{name}: {problem}", file=told)
+    return exits.INPUT if checked.rejected or problem else exits.OK
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     spec = load_settings(arguments.spec, TuningSpec)
+    address = (
+        None if arguments.metrics_address == "off" else cli.host_port(arguments.metrics_address, "--metrics-address")
+    )
     # OpenMP threads spin while they wait, and stand still when another process needs a core too. Steps per second on
     # two cores, free / one of them busy: 5.5 / 0.7 by default, 5.3 / 2.3 with few spins, 2.7 / 3.7 with none.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -205,7 +226,6 @@ def _tune(arguments: argparse.Namespace) -> int:
     if as_json:  # its own handler writes lines of text
         theirs.disable_default_handler()
         theirs.enable_propagation()
-    address = None if arguments.metrics_address == "off" else arguments.metrics_address
     try:
         summary = tune(
             spec,

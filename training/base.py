@@ -7,12 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
-from common.chat import Message
+from common import tensors
 from common.files import tree_digest
 from common.settings import SettingsError
-from training.dataset import Limits
+from training.dataset import Limits, Row
+from training.encode import prompt_and_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,10 +100,9 @@ def base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         if not path.is_file():
             continue  # told by name in `folder_problems`
         try:
-            with safe_open(path, framework="np") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path.name} is not a whole safetensors file ({error}); fetch the base again") from None
+            shapes |= tensors.shapes(path)
+        except ValueError as error:
+            raise ValueError(f"{path.name} is {error}; fetch the base again") from None
     return shapes
 
 
@@ -140,7 +138,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _load_tokenizer(folder: Path, files: tuple[tuple[str, int], ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds: its files are read by several libraries
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SettingsError(
+            [f"base_model: {folder}: its tokenizer cannot be read ({said}); fetch the base again"]
+        ) from error
     problems = []
     if not tokenizer.chat_template:
         problems.append(f"base_model: {folder}: no chat template; use an instruct model, or add chat_template.jinja")
@@ -157,15 +161,15 @@ def _load_tokenizer(folder: Path, files: tuple[tuple[str, int], ...]) -> PreTrai
     return tokenizer
 
 
-def base_limits(name: str | None, max_seq_length: int) -> Limits:
-    """What a row may be for base `name`; with no base, only what can be told without a tokenizer."""
-    if name is None:
-        return Limits(max_seq_length)
+def base_limits(name: str, max_seq_length: int) -> Limits:
+    """What a row may be for base `name`."""
     tokenizer = load_tokenizer(base_folder(name))
 
-    def count(messages: list[Message]) -> int:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def render(row: Row) -> str:
+        return prompt_and_answer(row, tokenizer)[0]
+
+    def count(prompt: str) -> int:
+        return len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return Limits(max_seq_length, count, special)
+    return Limits(max_seq_length, render, count, special)

@@ -16,12 +16,14 @@ from common.files import read_json, write_json, write_jsonl
 from common.settings import SettingsError
 from training import checkpoint, preflight
 from training.base import base_folder, base_limits, base_revision, load_tokenizer
-from training.dataset import Checked, Limits, Problem, Row, is_held_out, read
+from training.dataset import Checked, Limits, Problem, Row, is_held_out, read, split_problem
 from training.encode import Example, encode_all
 from training.source import local, public
 from training.spec import TuningSpec
 
 log = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 100  # of a dataset: wrong names of columns are several on each line
 
 
 @dataclass(frozen=True)
@@ -94,29 +96,33 @@ def split(spec: TuningSpec, found: Sequence[str] = ()) -> tuple[list[tuple[int, 
     """`(tuning rows, held-out rows, summary)`, rows with their line numbers.
 
     Raises `SettingsError` listing every problem of the dataset after those `found` before (training.preflight), or when
-    a side of the split would be empty.
+    the split leads to no adapter that may be served.
     """
     try:
         path, name, checked = local(spec.dataset, spec.dataset_sha256), public(spec.dataset), Checked()
     except SettingsError as error:
         raise SettingsError([*found, *(f"dataset: {problem}" for problem in error.problems)]) from None
-    problems, sides = [*found], ([], [])  # type: tuple[list[str], tuple[list[tuple[int, Row]], list[tuple[int, Row]]]]
+    sides: tuple[list[tuple[int, Row]], list[tuple[int, Row]]] = ([], [])
+    problems, more = [*found], 0
     limits = Limits(spec.max_seq_length) if found else base_limits(spec.base_model, spec.max_seq_length)
     try:
         for item in read(path, limits, checked):
             if isinstance(item, Problem):
-                problems.append(f"{name}:{item}")
+                if len(problems) < len(found) + SHOWN_PROBLEMS:
+                    problems.append(f"{name}:{item}")
+                else:
+                    more += 1
             else:
                 sides[is_held_out(item[1], spec.held_out_fraction)].append(item)
     except OSError as error:
         raise SettingsError([*found, f"dataset: {name}: {error.strerror}"]) from None
+    if more:
+        problems.append(f"{name}: {more:,} more problems: python -m training check {name}")
     if problems:
         raise SettingsError(problems)
-    if not all(sides):
-        raise SettingsError(
-            [f"dataset: {name}: {checked.rows} rows with held_out_fraction = {spec.held_out_fraction} give "
-             f"{len(sides[0])} to tune on and {len(sides[1])} held out; both need some: add rows"]
-        )  # fmt: skip
+    least = spec.gate.min_examples
+    if problem := split_problem(len(sides[0]), len(sides[1]), spec.held_out_fraction, least):
+        raise SettingsError([f"dataset: {name}: {problem}"])
     return *sides, checked
 
 

@@ -40,11 +40,16 @@ ROLE_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimiser steps done, and what the finished report needs of the time before."""
+    """Where a run stands: optimiser steps done, and what the finished report needs of the time before.
+
+    `loss_sum` in nats of `loss_tokens`: those since the last measurement, which the next one is of as well.
+    """
 
     step: int
     seconds: float
     tokens: int
+    loss_sum: float = 0.0
+    loss_tokens: int = 0
 
 
 class Unusable(Exception):
@@ -75,6 +80,8 @@ def save(folder: Path, fingerprint: str, position: Position, adapter: dict[str, 
         os.replace(work, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two: what torch and safetensors make of ENOSPC
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
         free = f", {shutil.disk_usage(folder).free / 2**20:,.0f} MiB free" if folder.is_dir() else ""
         raise OSError(
             f"{target}: this checkpoint cannot be written ({error}{free}): make room on that disk, then run again; it "
@@ -99,7 +106,8 @@ def newest(folder: Path, fingerprint: str) -> tuple[Position, dict[str, torch.Te
             continue
         if state["fingerprint"] != fingerprint:
             raise ValueError(f"{path} was written by a run with other settings, data or base")
-        rest = torch.load(path / "trainer.pt", weights_only=True)
+        # To the CPU: else all of it, in every process that the first sends it to, would stay on the first one's GPU.
+        rest = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
         return Position(**state["position"]), load_file(path / "adapter.safetensors"), rest
     if found:
         log.warning("no checkpoint in %s is whole: without a copy elsewhere, tuning starts anew", folder)

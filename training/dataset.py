@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.chat import Message, answer, prompt_messages
+from common.chat import answer, prompt_messages
 
 INSTRUCTION_KEYS = ("instruction", "input", "output")
 ROLES = ("system", "user", "assistant")
@@ -36,12 +36,24 @@ class Problem:
         return f"{self.line}: found {self.found}; expected {self.expected}"
 
 
+class Refused(Exception):
+    """A row that the base cannot be given: what was `found` and what is `expected`."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"found {found}; expected {expected}")
+        self.found, self.expected = found, expected
+
+
 @dataclass
 class Limits:
-    """What the base model demands of a row. `count` gives the exact tokens of a prompt where the base is known."""
+    """What the base model demands of a row; where it is known, `render` and `count` ask its template and tokenizer.
+
+    `render` gives a row's prompt as the base reads it, or raises `Refused`; `count` that text's tokens.
+    """
 
     max_seq_length: int
-    count: Callable[[list[Message]], int] | None = None
+    render: Callable[[Row], str] | None = None
+    count: Callable[[str], int] | None = None
     special_tokens: tuple[str, ...] = ()
     _special: re.Pattern[str] | None = field(init=False, default=None)
 
@@ -56,10 +68,13 @@ class Limits:
         texts = [message["content"] for message in messages]
         if self._special and (hit := next((m for m in map(self._special.search, [*texts, answer(row)]) if m), None)):
             wrong.append((f"the base's control token {hit.group()}", "text that cannot be mistaken for a turn"))
-        size = sum(len(text.encode()) for text in texts)
-        # A token is at least one byte: a prompt with fewer bytes than the limit (less some for the template) fits.
-        if size >= self.max_seq_length - 64 * (len(messages) + 1):
-            tokens = self.count(messages) if self.count else size // MOST_BYTES_PER_TOKEN
+        try:
+            prompt = self.render(row) if self.render else "".join(texts)
+        except Refused as error:
+            return [*wrong, (error.found, error.expected)]
+        size = len(prompt.encode())
+        if size >= self.max_seq_length:  # a token is at least one byte
+            tokens = self.count(prompt) if self.count else size // MOST_BYTES_PER_TOKEN
             kind = "tokens" if self.count else f"tokens or more (at {MOST_BYTES_PER_TOKEN} bytes a token)"
             if tokens >= self.max_seq_length:
                 expected = f"fewer than max_seq_length = {self.max_seq_length}: shorten it or raise the setting"
@@ -223,8 +238,9 @@ def _shown(text: str) -> str:
 
 
 def _canonical(row: Row, *, prompt_only: bool = False) -> bytes:
-    messages = prompt_messages(row)
-    return json.dumps([messages] if prompt_only else [messages, answer(row)], sort_keys=True).encode()
+    """What makes `row` this one and no other: without the space around its texts, which Llama's template cuts off."""
+    messages = [message | {"content": message["content"].strip()} for message in prompt_messages(row)]
+    return json.dumps([messages] if prompt_only else [messages, answer(row).strip()], sort_keys=True).encode()
 
 
 def _key(row: Row) -> int:
@@ -239,3 +255,19 @@ def is_held_out(row: Row, fraction: float) -> bool:
     """
     number = int.from_bytes(hashlib.sha256(b"held-out\0" + _canonical(row, prompt_only=True)).digest()[:8])
     return number < fraction * 2**64
+
+
+def split_problem(tuning: int, held_out: int, fraction: float, min_examples: int) -> str | None:
+    """Why such a split leads to no adapter that may be served, None where it may.
+
+    `tuning` and `held_out` rows at `held_out_fraction` = `fraction`, with `gate.min_examples` = `min_examples`.
+    """
+    split = f"{tuning + held_out:,} rows with held_out_fraction = {fraction:g} give"
+    if not tuning or not held_out:
+        return f"{split} {tuning:,} to tune on and {held_out:,} held out; both need some: add rows"
+    if held_out < min_examples:
+        return (
+            f"{split} {held_out:,} held out, and nothing passes the gate on fewer than gate.min_examples = "
+            f"{min_examples}: add rows, raise held_out_fraction, or lower gate.min_examples"
+        )
+    return None

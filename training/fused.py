@@ -26,7 +26,7 @@ class AddAdapter(torch.autograd.Function):
         ctx: Any, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         inner = _rows(x) @ a.T
-        _rows(y).addmm_(inner, b.T, alpha=scaling)
+        y.view(-1, y.shape[-1]).addmm_(inner, b.T, alpha=scaling)  # a view or an error: a copy would lose the term
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, inner, a, b)
         ctx.scaling = scaling

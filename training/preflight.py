@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from common.settings import SettingsError
-from training.base import EMBEDDINGS, base_shapes, folder_problems, load_tokenizer
+from training.base import EMBEDDINGS, base_config, base_shapes, folder_problems, load_tokenizer
 from training.checkpoint import KEEP
 from training.spec import TuningSpec
 
@@ -29,7 +30,25 @@ def problems(spec: TuningSpec, out: Path) -> list[str]:
     if unknown := sorted(set(spec.lora_target_modules) - known):
         found.append(f"lora_target_modules: {', '.join(unknown)} not in this base; it has {', '.join(sorted(known))}")
         return found
-    return found + _disk_problems(spec, layers, out)
+    return found + rope_problems(base_config(folder), spec.max_seq_length) + _disk_problems(spec, layers, out)
+
+
+def rope_problems(config: dict[str, Any], max_seq_length: int) -> list[str]:
+    """Positions that a row's neighbours in a pass would change, of a base with such a `config`.
+
+    transformers 5 (modeling_rope_utils.py, dynamic_rope_update) chooses the frequencies of `longrope` and `dynamic` by
+    the longest row of a pass; vLLM by what it may serve at most.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    places = (config.get("original_max_position_embeddings"), rope.get("original_max_position_embeddings"))
+    original = next((place for place in places if place), config.get("max_position_embeddings"))
+    if kind not in ("longrope", "su", "dynamic") or not original or max_seq_length <= original:
+        return []
+    return [
+        f"max_seq_length: {max_seq_length} is beyond the {original} tokens that this base was made for, and how it "
+        f"goes beyond them (rope_type {kind}) depends on the longest row of a pass; {original} at most can be tuned on"
+    ]
 
 
 def linear_layers(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -72,7 +72,7 @@ CURVES = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "epoch"
 class Progress:
     """Publishes measurements in all forms at once; use as a context manager."""
 
-    def __init__(self, adapter: str, total_steps: int, events: Path, metrics_address: str | None) -> None:
+    def __init__(self, adapter: str, total_steps: int, events: Path, metrics_address: tuple[str, int] | None) -> None:
         self._registry = CollectorRegistry()
         self._gauges = {
             name: Gauge(f"drydock_tuning_{name}", text, ["adapter"], registry=self._registry)
@@ -91,12 +91,12 @@ class Progress:
     def __enter__(self) -> Self:
         self._server = None
         if self._address:
-            host, _, port = self._address.rpartition(":")
+            host, port = self._address
             try:
-                self._server, _ = start_http_server(int(port), host or "127.0.0.1", registry=self._registry)
-                log.info("metrics on http://%s/metrics", self._address)
+                self._server, _ = start_http_server(port, host, registry=self._registry)
+                log.info("metrics on http://%s:%d/metrics", host, port)
             except OSError as error:  # a run of hours is not lost to a busy port, but nobody shall wonder
-                log.warning("no metrics: %s is not free (%s); choose another --metrics-address", self._address, error)
+                log.warning("no metrics: %s:%d is not free (%s); choose another --metrics-address", host, port, error)
         return self
 
     def __exit__(

@@ -9,7 +9,7 @@ from typing import Any
 
 from artifacts.adapter import AdapterCard, AdapterError, promote, publish_adapter, version
 from artifacts.store import open_store
-from common.files import read_json, read_jsonl, write_atomic
+from common.files import read_json, read_jsonl, tree_digest, write_atomic
 from common.settings import SettingsError, load_settings
 from training import curves
 from training.spec import TuningSpec
@@ -30,7 +30,7 @@ def publish(run: Path, store_url: str) -> Published:
     """Push the adapter of the evaluated run in folder `run` to the store; promote it if it passed.
 
     One that failed is pushed as well: a candidate that people can look at, but that no replica serves. Raises
-    `SettingsError` when the run is not evaluated or vLLM would refuse its adapter.
+    `SettingsError` when the run is not evaluated as it is now or vLLM would refuse its adapter.
     """
     missing = [name for name in ("spec.json", "tuning.json", "evaluation.json") if not (run / name).is_file()]
     if missing:
@@ -39,6 +39,9 @@ def publish(run: Path, store_url: str) -> Published:
         )
     spec = load_settings(run / "spec.json", TuningSpec)
     tuning, evaluation = read_json(run / "tuning.json"), read_json(run / "evaluation.json")
+    if changed := [name for name, value in subject(run, spec).items() if evaluation.get(name) != value]:
+        what = " and ".join(f"the {name.removesuffix('_digest')}" for name in changed)
+        raise SettingsError([f"{run}: evaluation.json is of before a change of {what}: evaluate again, then publish"])
     card = AdapterCard(
         name=spec.adapter,
         base_model=Path(spec.base_model).name,
@@ -64,6 +67,11 @@ def publish(run: Path, store_url: str) -> Published:
     if card.passed:
         promote(store, spec.adapter, digest)
     return Published(spec.adapter, version(digest), digest, card.passed, str(evaluation["verdict"]))
+
+
+def subject(run: Path, spec: TuningSpec) -> dict[str, Any]:
+    """Of what the evaluation in `run` must be to speak for it, in the words of evaluation.json."""
+    return {"gate": spec.gate.model_dump(mode="json"), "adapter_digest": tree_digest(run / "adapter")}
 
 
 def model_card(card: AdapterCard, tuning: dict[str, Any], events: Sequence[dict[str, Any]] = ()) -> str:

@@ -54,7 +54,7 @@ def tune(
     spec: TuningSpec,
     out: Path,
     *,
-    metrics_address: str | None = None,
+    metrics_address: tuple[str, int] | None = None,
     fresh: bool = False,
     checkpoints: str | None = None,
     rejoin: bool = False,
@@ -97,7 +97,12 @@ def tune(
 
 
 def train(
-    spec: TuningSpec, out: Path, start: Start, ranks: Ranks, metrics_address: str | None, checkpoints: str | None
+    spec: TuningSpec,
+    out: Path,
+    start: Start,
+    ranks: Ranks,
+    metrics_address: tuple[str, int] | None,
+    checkpoints: str | None,
 ) -> tuple[dict[str, Any], bool]:
     """The loop, in each process of the run; the first shows and writes. The rest is said at `tune`.
 
@@ -141,8 +146,9 @@ def train(
         path = checkpoint.save(
             out / "checkpoints",
             start.origin["fingerprint"],
-            checkpoint.Position(step, done_before.seconds + time.monotonic() - started, tokens),
-            get_peft_model_state_dict(model),
+            checkpoint.Position(step, done_before.seconds + time.monotonic() - started, tokens, loss_sum, loss_tokens),
+            # By itself PEFT adds the whole lm_head of the base where it is a target, which vLLM refuses.
+            get_peft_model_state_dict(model, save_embedding_layers=False),
             {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": random_states},
         )
         copied = remote is None or remote.copy(path)
@@ -160,15 +166,19 @@ def train(
             progress.resumed(done_before.step)
         started = window_started = saved = time.monotonic()
         tokens = window_tokens = done_before.tokens
-        loss_sum, loss_tokens, last_loss, room = 0.0, 0, math.nan, 0
+        loss_sum, loss_tokens = done_before.loss_sum, done_before.loss_tokens
+        last_loss, room = math.nan, 0
         for step, shares in steps(examples, spec, start=done_before.step, ranks=ranks.world):
             passes = [(rank, rows) for rank, share in enumerate(shares) for rows in share]
             answer_tokens = sum(row.answer_length for _, rows in passes for row in rows)
             losses = torch.zeros(len(passes), device=device)
             for number, (rank, rows) in enumerate(passes):
                 if rank == ranks.rank:
-                    loss = summed_loss(model, rows, device)
-                    (loss / answer_tokens).backward()  # type: ignore[no-untyped-call]
+                    try:
+                        loss = summed_loss(model, rows, device)
+                        (loss / answer_tokens).backward()  # type: ignore[no-untyped-call]
+                    except torch.OutOfMemoryError as error:
+                        raise _out_of_memory(error, step, rows, spec, ranks.gpu_memory()) from error
                     losses[number] = loss.detach()
             # Read here once: reading a number after each pass would have the GPU wait for this process.
             for value, (_, rows) in zip(ranks.add_up(weights, losses).tolist(), passes, strict=True):
@@ -226,7 +236,7 @@ def train(
 
     def finish() -> dict[str, Any]:
         model.peft_config["default"].base_model_name_or_path = spec.base_model
-        model.save_pretrained(out / "adapter")
+        model.save_pretrained(out / "adapter", save_embedding_layers=False)
         libraries = ("torch", "transformers", "peft", *(["bitsandbytes"] if spec.load_in_4bit else []))
         summary = {
             "adapter": spec.adapter,
@@ -298,6 +308,24 @@ def steps(
                 rows = [examples[i] for i in order[first : first + rows_per_step]]
                 shares = deal([len(row.ids) for row in rows], ranks)
                 yield step, [pack([rows[i] for i in share], budget) for share in shares]
+
+
+def _out_of_memory(
+    error: Exception, step: int, rows: list[Example], spec: TuningSpec, most_bytes: int | None
+) -> SettingsError:
+    """The same rows come at the same step of every attempt: another one would end there too."""
+    remedies = [
+        *([] if spec.gradient_checkpointing else ["gradient_checkpointing: true"]),
+        *([] if spec.load_in_4bit else ["load_in_4bit: true"]),
+        f"a per_device_train_batch_size below {spec.per_device_train_batch_size}, and more "
+        "gradient_accumulation_steps for it",
+        f"a max_seq_length below {spec.max_seq_length}",
+    ]
+    most = f", at most {most_bytes / 2**30:.1f} GiB of it before" if most_bytes else ""
+    return SettingsError(
+        [f"the GPU's memory is full at step {step}, in a pass of {sum(len(row.ids) for row in rows):,} tokens{most} "
+         f"({str(error).splitlines()[0]}); lower it by {', or '.join(remedies)}"]
+    )  # fmt: skip
 
 
 def _no_number(loss: float, step: int, rows: list[Example], spec: TuningSpec) -> SettingsError:

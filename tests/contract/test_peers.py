@@ -29,6 +29,7 @@ from training.base import ARCHITECTURES, load_tokenizer
 from training.encode import Example
 from training.model import load_model
 from training.packing import ATTENTION, summed_loss
+from training.publish import subject
 from training.spec import TuningSpec
 
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def test_a_log_for_machines_is_json_and_the_token_of_a_gated_base_is_nowhere(wor
     write_json(tmp_path / "run" / "evaluation.json", {
         "metric": "exact_match", "base": 0.1, "adapter": 0.2, "gain_ci95": [-0.1, 0.3], "examples": 18,
         "passed": False, "verdict": "FAILED: by hand", "versions": {},
-    })  # fmt: skip
+    } | subject(tmp_path / "run", open_run(tmp_path / "run").spec))  # fmt: skip
     assert training(["publish", "--run", str(tmp_path / "run"), "--store", str(tmp_path / "store")]) == 3
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20

@@ -322,7 +322,7 @@ def listens(process: subprocess.Popen[str], port: int) -> bool:
 def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:
     with master(tmp_path, "http://127.0.0.1:9", "--listen", "here") as process:
         assert process.wait(60) == 2
-        assert "'here': not an address such as 10.0.0.4:5557" in said(process)
+        assert "'here': not an address such as" in said(process)
 
 
 def test_a_master_that_never_comes_is_told(tmp_path: Path) -> None:

@@ -99,6 +99,22 @@ def test_an_environment_of_several_people_is_told_to_name_its_administrators(
     assert [text.partition(":")[0] for text in said] == ["cluster.admin_group_id"] * warned
 
 
+def test_a_dataset_on_which_nothing_could_pass_is_told_before_a_gpu_is_rented(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    rows = [{"instruction": f"question {number}", "input": "", "output": "a"} for number in range(100)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapters = {
+        "few": {"dataset": "d.jsonl"},
+        "asks-less": {"dataset": "d.jsonl", "gate": {"min_examples": 5}},
+        "keeps-more": {"dataset": "d.jsonl", "held_out_fraction": 0.5},
+    }
+    values = as_pulumi(SEED) | {"adapters": json.dumps(adapters)}
+    env = read_environment(values, ("api_keys", "huggingface_token"), project="drydock")
+    told = [line for line in problems(env, dict.fromkeys(adapters, data)) if "gate.min_examples" in line]
+    assert len(told) == 1
+    assert told[0].startswith("adapters.few.dataset: d.jsonl: 100 rows with held_out_fraction = 0.1 give ")
+
+
 @pytest.mark.parametrize(
     ("pools", "change", "told"),
     [

@@ -16,6 +16,7 @@ from common.files import file_digest, read_json, read_jsonl, tree_digest, write_
 from serving.evaluate import open_run
 from tests.unit.conftest import ROWS
 from training.__main__ import main
+from training.publish import subject
 
 EVALUATION = {
     "metric": "exact_match", "base": 0.25, "adapter": 0.75, "gain_ci95": [0.4, 0.6], "examples": 40, "passed": True,
@@ -45,7 +46,7 @@ def peer(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
 def adopt(tiny_base: Path, rows_file: Path, tmp_path: Path) -> Callable[..., int]:
     def run(adapter: Path, out: str = "run", **change: Any) -> int:
         values: dict[str, Any] = {"adapter": "theirs", "base_model": str(tiny_base), "dataset": str(rows_file)}
-        values |= {"held_out_fraction": 0.5, "gate": {"min_gain": 0.1}}
+        values |= {"held_out_fraction": 0.5, "gate": {"min_gain": 0.1, "min_examples": 5}}
         write_json(tmp_path / "spec.yaml", values | change)
         return main(
             ["adopt", "--spec", str(tmp_path / "spec.yaml"), "--adapter", str(adapter), "--out", str(tmp_path / out)]
@@ -74,7 +75,7 @@ def test_an_adapter_of_plain_peft_becomes_a_run_to_evaluate_and_publish(
     assert tuning["versions"] == {"peft": peft_version}
     assert not {"steps", "tokens", "seconds", "final_loss", "examples", "seed"} & set(tuning), "nobody measured them"
 
-    write_json(run / "evaluation.json", EVALUATION)
+    write_json(run / "evaluation.json", EVALUATION | subject(run, opened.spec))
     assert main(["publish", "--run", str(run), "--store", str(tmp_path / "store")]) == exits.OK
     store = open_store(tmp_path / "store")
     digest = promoted_digest(store, "theirs")

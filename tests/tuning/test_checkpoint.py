@@ -42,6 +42,30 @@ def test_the_newest_comes_back_whole(tmp_path: Path) -> None:
     assert rest == {"s": 10}
 
 
+def test_what_a_gpu_wrote_is_read_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each process of a resumed run would keep the optimiser of all on the first GPU; and here, none could."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        checkpoint.save(tmp_path, "f", Position(1, 1.0, 1), {}, {"optimizer": {"exp_avg": torch.ones(3)}})
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "step-00000001" / "trainer.pt", weights_only=True)
+    found = checkpoint.newest(tmp_path, "f")
+    assert found and found[2]["optimizer"]["exp_avg"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_trouble_of_the_gpu_is_not_taken_for_a_full_disk(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise kind("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(kind, match="illegal memory"):
+        save(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_the_last_two_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 30, 100_000_000):
         save(tmp_path, step)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from common.chat import answer
+from common.files import write_jsonl
 from common.settings import SettingsError
 from tests.unit.conftest import ROWS, TEMPLATE
 from training.base import base_limits, load_tokenizer
@@ -91,8 +92,38 @@ def test_what_a_template_adds_after_the_turn_is_not_learnt(with_template: Any) -
     ],
 )
 def test_a_template_that_cannot_be_cut_at_the_answer_is_an_error(with_template: Any, template: str) -> None:
-    with pytest.raises(SettingsError, match="chat template changes the prompt or the answer"):
+    with pytest.raises(
+        SettingsError, match="line 1: found a row whose prompt or answer the base's chat template changes"
+    ):
         encode(ROWS[0], 1, load_tokenizer(with_template(template)))
+
+
+REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (REFUSES_SYSTEM + TEMPLATE, "a row that the base's chat template refuses (System role not supported)"),
+        (TEMPLATE.replace("m.content", "m.content | upper"), "a row whose prompt or answer the base's chat template"),
+    ],
+)
+def test_a_row_that_the_template_refuses_is_told_by_the_check_with_its_line(
+    with_template: Any, template: str, told: str, tmp_path: Path
+) -> None:
+    folder, path = with_template(template), tmp_path / "d.jsonl"
+    write_jsonl(path, [{"instruction": "1", "input": "", "output": "2"}, CHAT])
+    found = [item for item in read(path, base_limits(str(folder), 1024), Checked()) if isinstance(item, Problem)]
+    assert [(problem.line, problem.found[: len(told)]) for problem in found] == [(2, told)]
+    with pytest.raises(SettingsError, match="line 7: found a row"):
+        encode(CHAT, 7, load_tokenizer(folder))
+
+
+def test_a_template_that_asks_for_the_day_gives_the_same_tokens_on_any(with_template: Any) -> None:
+    """Llama 3.2's does: a run that resumes after midnight would go on with other rows."""
+    today = "{% if strftime_now is defined %}<|system|>{{ strftime_now('%d %b %Y') }}<|end|>{% endif %}"
+    tokenizer = load_tokenizer(with_template(today + TEMPLATE))
+    assert tokenizer.decode(encode(ROWS[0], 1, tokenizer).ids).startswith("<|system|>26 Jul 2024<|end|>")
 
 
 def test_a_template_that_ends_no_turn_is_an_error(with_template: Any) -> None:

@@ -15,6 +15,7 @@ from infra.datasets import for_kaito
 from serving.evaluate import open_run
 from tests.unit.test_kaito_tuning import config
 from training.__main__ import main
+from training.publish import subject
 from training.spec import TuningSettings
 from workloads.kaito_tuning import ADAPTER_FILES
 
@@ -87,6 +88,6 @@ def test_what_kaito_leaves_becomes_a_run_and_its_gate_asks_what_it_never_saw(
         "metric": "exact_match", "base": 0.25, "adapter": 0.75, "gain_ci95": [0.4, 0.6], "examples": 40, "passed": True,
         "verdict": "PASSED: better", "versions": {"vllm": "2"}, "seconds": 1.5,
     }  # fmt: skip
-    write_json(out / "evaluation.json", measured)
+    write_json(out / "evaluation.json", measured | subject(out, open_run(out).spec))
     assert main(["publish", "--run", str(out), "--store", str(tmp_path / "store")]) == exits.OK
     assert promoted_digest(open_store(tmp_path / "store"), "notes")

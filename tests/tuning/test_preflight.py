@@ -80,6 +80,29 @@ def test_a_base_that_cannot_be_tuned_is_told_with_the_remedy(
         base_folder(str(base))
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 64}, True),  # Phi-3's way
+        ({"rope_parameters": {"rope_type": "dynamic", "original_max_position_embeddings": 64}}, True),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}, True),
+        ({"rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 128}, False),
+        ({"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 64}}, False),
+        ({"max_position_embeddings": 64}, False),
+    ],
+)
+def test_rows_whose_positions_depend_on_their_neighbours_are_refused(config: dict[str, Any], told: bool) -> None:
+    found = preflight.rope_problems(config, 128)
+    assert bool(found) == told
+    assert all("max_seq_length: 128 is beyond the 64 tokens" in problem for problem in found)
+
+
+def test_a_cut_tokenizer_is_told(base: Path) -> None:
+    (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text()[:300])
+    (told,) = preflight.problems(spec(base), base / "out")
+    assert "its tokenizer cannot be read (" in told and "fetch the base again" in told
+
+
 def test_a_tokenizer_of_another_model_is_refused(base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     tensors = load_file(base / WEIGHTS)

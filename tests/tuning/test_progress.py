@@ -45,10 +45,10 @@ def test_each_measurement_becomes_one_event_at_once_and_earlier_ones_stay(tmp_pa
 
 def test_a_busy_metrics_port_is_told_and_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        address = f"127.0.0.1:{busy.getsockname()[1]}"
+        address = ("127.0.0.1", busy.getsockname()[1])
         with caplog.at_level(logging.WARNING), Progress("a", 10, tmp_path / "e.jsonl", address) as progress:
             progress.show(measured(1))
-    assert f"no metrics: {address} is not free" in caplog.text
+    assert f"no metrics: 127.0.0.1:{address[1]} is not free" in caplog.text
     assert len(list(read_jsonl(tmp_path / "e.jsonl"))) == 1
 
 
@@ -86,15 +86,15 @@ def test_the_same_line_for_a_machine_has_the_figures_as_numbers(
     assert record["pass_fill"] == 0.75 and "gpu_memory_bytes" not in record, "what there is not is not told"
 
 
-def metrics(address: str) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+def metrics(address: tuple[str, int]) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=5) as response:
         lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
     pairs = (line.rsplit(" ", 1) for line in lines)
     return {name.removeprefix("drydock_tuning_").removesuffix('{adapter="a"}'): float(value) for name, value in pairs}
 
 
 def test_prometheus_is_told_what_is_known_and_nothing_else(tmp_path: Path) -> None:
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    address = ("127.0.0.1", free_ports(1)[0])
     with Progress("a", 10, tmp_path / "e.jsonl", address) as progress:
         progress.dropped(3)
         progress.show(measured(1))

@@ -25,7 +25,7 @@ from training import checkpoint
 from training import tune as module
 from training.__main__ import main
 from training.base import load_tokenizer
-from training.begin import split
+from training.begin import SHOWN_PROBLEMS, split
 from training.encode import Example, encode_all
 from training.model import load_model
 from training.packing import ATTENTION, summed_loss
@@ -43,7 +43,7 @@ def spec(tiny_base: Path, rows_file: Path) -> Callable[..., TuningSpec]:
             "adapter": "kubectl", "base_model": str(tiny_base), "dataset": str(rows_file), "learning_rate": 5e-3,
             "num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lora_r": 4,
             "lora_alpha": 8, "lora_dropout": 0.1, "max_seq_length": 128, "logging_steps": 1, "save_steps": 3,
-            "held_out_fraction": 0.2,
+            "held_out_fraction": 0.2, "gate": {"min_examples": 5},
         }  # fmt: skip
         return TuningSpec.model_validate(settings | change)
 
@@ -187,6 +187,20 @@ def test_a_run_stopped_anywhere_and_started_again_gives_the_very_same_adapter(
     }
 
 
+def test_a_resumed_run_measures_the_loss_of_the_steps_before_too(
+    spec: Callable[..., TuningSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seldom = spec(logging_steps=4)
+    whole = tune(seldom, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(Terminated):
+            tune(seldom, tmp_path / "again")
+    assert tune(seldom, tmp_path / "again")["final_loss"] == whole["final_loss"]
+    losses = [[event["loss"] for event in read_jsonl(tmp_path / run / "events.jsonl")] for run in ("whole", "again")]
+    assert losses[0] == losses[1]
+
+
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     finished: tuple[Path, dict[str, Any]], spec: Callable[..., TuningSpec], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -224,7 +238,7 @@ def test_a_finished_run_is_not_tuned_again(
 ) -> None:
     monkeypatch.setattr(module, "load_model", _no_training)
     assert tune(spec(), copy) == finished[1]
-    assert tune(spec(logging_steps=7, save_steps=9, gate={"min_gain": 0.5}), copy) == finished[1]
+    assert tune(spec(logging_steps=7, save_steps=9, gate={"min_gain": 0.5, "min_examples": 5}), copy) == finished[1]
     assert read_json(copy / "spec.json")["gate"]["min_gain"] == 0.5, "the evaluation must ask what is asked for now"
 
 
@@ -424,6 +438,41 @@ def test_neither_side_of_the_split_is_ever_silently_empty(
         tune(spec(held_out_fraction=fraction), tmp_path / "out")
 
 
+def test_a_split_on_which_nothing_could_pass_is_refused_before_the_tuning(
+    spec: Callable[..., TuningSpec], tmp_path: Path
+) -> None:
+    held_out = len(split(spec())[1])
+    told = rf"54 rows with held_out_fraction = 0.2 give {held_out} held out, .* fewer than gate.min_examples = 30: add rows"
+    with pytest.raises(SettingsError, match=told):
+        tune(spec(gate={}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_a_dataset_that_is_wrong_throughout_the_first_problems_are_told(
+    spec: Callable[..., TuningSpec], tmp_path: Path
+) -> None:
+    data = _dataset(tmp_path, [{"prompt": f"p{number}", "completion": "c"} for number in range(300)])
+    with pytest.raises(SettingsError) as caught:
+        tune(spec(dataset=data), tmp_path / "out")
+    assert len(caught.value.problems) == SHOWN_PROBLEMS + 1
+    assert caught.value.problems[0] == f"{data}:1: found no key 'instruction'; expected the keys instruction, input, output, or messages alone"  # fmt: skip
+    assert caught.value.problems[-1] == f"{data}: 1,400 more problems: python -m training check {data}"
+
+
+def test_a_full_gpu_is_told_with_the_pass_and_what_would_lower_it(
+    spec: Callable[..., TuningSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(module, "summed_loss", full)
+    with pytest.raises(SettingsError) as caught:
+        tune(spec(gradient_checkpointing=True), tmp_path)
+    (told,) = caught.value.problems
+    assert told.startswith("the GPU's memory is full at step 1, in a pass of ") and "GPU 0 has" not in told
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.); lower it by load_in_4bit: true, or a per_device_" in told
+
+
 def test_all_problems_of_the_dataset_stop_the_run_with_their_lines(
     spec: Callable[..., TuningSpec], tmp_path: Path
 ) -> None:
@@ -444,15 +493,15 @@ def test_absent_data_and_layers_that_the_base_lacks_are_named(spec: Callable[...
 def test_prometheus_sees_the_run_while_it_runs(
     spec: Callable[..., TuningSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    port = free_ports(1)[0]
     scraped: list[str] = []
 
     def scrape() -> None:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
             scraped.append(response.read().decode())
 
     at_step(3, scrape, monkeypatch)
-    summary = tune(spec(num_train_epochs=1), tmp_path, metrics_address=address)
+    summary = tune(spec(num_train_epochs=1), tmp_path, metrics_address=("127.0.0.1", port))
     values = dict(line.rsplit(" ", 1) for line in scraped[0].splitlines() if not line.startswith("#"))
     assert float(values['drydock_tuning_step{adapter="kubectl"}']) == 2, "measured after the second step"
     assert float(values['drydock_tuning_total_steps{adapter="kubectl"}']) == summary["steps"]
@@ -492,6 +541,16 @@ def test_the_command_ends_with_143_after_sigterm_and_resumes_to_0(
     assert "run again to resume" in capsys.readouterr().err
     assert main(command) == exits.OK
     assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "localhost:99999", "9401", "a:b"])
+def test_a_mistyped_metrics_address_is_told_before_anything_loads(
+    address: str, spec_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", "--spec", str(spec_file), "--out", str(tmp_path / "run"), "--metrics-address", address]
+    assert main(command) == exits.INPUT
+    assert f"--metrics-address: '{address}': not an address such as 127.0.0.1:" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_ends_with_2_for_what_a_person_must_mend(

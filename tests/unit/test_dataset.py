@@ -97,6 +97,7 @@ KEYS = "the keys instruction, input, output, or messages alone"
         ('{"instruction": "a", "input": "", "output": "b", "output": "c"}', "key 'output' twice", "each key once"),
         (b'{"instruction": "a\xff", "input": "", "output": "b"}', "bytes that are not UTF-8 at byte 19", "UTF-8 text"),
         (line(input="1"), "a duplicate of line 1", "each example once"),
+        (line(input="1 ", output=f"\n{GOOD['output']}"), "a duplicate of line 1", "each example once"),
         (json.dumps(CHAT | {"id": 1}), "unknown key 'id' beside messages", "messages alone"),
         ('{"messages": []}', "messages = []", "at least one user turn and the answer"),
         ('{"messages": "hi"}', 'messages = "hi"', "a list"),
@@ -220,6 +221,10 @@ def test_an_over_long_line_is_refused_and_the_next_one_read(
     assert checked.digest == _digest(data), "the digest is of every byte, read or skipped"
 
 
+def prompt_of(row: Row) -> str:
+    return str(row["instruction"])
+
+
 def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
@@ -228,7 +233,7 @@ def _digest(data: bytes) -> str:
 def test_a_prompt_that_leaves_no_answer_token_is_refused_by_the_bases_own_count(
     tmp_path: Path, words: int, refused: bool
 ) -> None:
-    limits = Limits(256, lambda messages: 6 + sum(len(m["content"].split()) for m in messages))
+    limits = Limits(256, prompt_of, lambda prompt: 6 + len(prompt.split()))
     row = line(instruction=" ".join(["w"] * words), input="")
     if not refused:
         assert not look(tmp_path, row, limits)[1]
@@ -245,7 +250,7 @@ def test_without_a_base_only_a_surely_too_long_prompt_is_refused(tmp_path: Path)
 
 
 def test_a_short_limit_counts_every_prompt(tmp_path: Path) -> None:
-    limits = Limits(8, lambda messages: len(messages[0]["content"]))
+    limits = Limits(8, prompt_of, len)
     assert not look(tmp_path, line(instruction="x" * 7, input=""), limits)[1]
     _, (told,), _ = look(tmp_path, line(instruction="x" * 8, input=""), limits)
     assert "prompt of 8 tokens" in told.found
@@ -370,6 +375,9 @@ def test_the_split_of_a_row_depends_on_nothing_but_its_prompt() -> None:
         for row in rows
     ]
     assert [is_held_out(row, 0.2) for row in chat] == sides, "in either format"
+    # Llama's template cuts it off: to the model it is the same prompt, seen in tuning and asked by the gate.
+    padded = [row | {"instruction": f" {row['instruction']}", "input": f"{row['input']}\n"} for row in rows]
+    assert [is_held_out(row, 0.2) for row in padded] == sides, "whatever space is around it"
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3])

@@ -15,6 +15,7 @@ from artifacts.store import open_store
 from common import exits
 from common.files import read_json, write_json, write_jsonl
 from training.__main__ import main
+from training.publish import subject
 from training.spec import TuningSpec
 
 EVENTS = [
@@ -36,16 +37,16 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         origin = {"base_revision": "sha256:b", "dataset_digest": "sha256:d"}
         write_json(run / "tuning.json", {**origin, "examples": 1234, "dropped": 3, "versions": {"peft": "1"}})
         verdict = "PASSED: better" if passed else "FAILED: not better"
-        figures = {"metric": "exact_match", "base": 0.25, "adapter": 0.75, "gain_ci95": [0.4, 0.6], "examples": 99}
-        more = {"passed": passed, "verdict": verdict, "versions": {"vllm": "2"}, "seconds": 1.5, "samples": [{"p": 1}]}
-        write_json(run / "evaluation.json", figures | more)
-        write_json(run / "canaries.json", {"canaries": []})
-        write_jsonl(run / "events.jsonl", EVENTS)
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
         write_json(run / "adapter" / "adapter_config.json", settings | config)
         (run / "adapter" / "README.md").write_text("[More Information Needed]")
         weights = {KEY.format("A"): np.ones((2, 8), np.float32), KEY.format("B"): np.ones((8, 2), np.float32)}
         save_file(weights, run / "adapter" / "adapter_model.safetensors")
+        figures = {"metric": "exact_match", "base": 0.25, "adapter": 0.75, "gain_ci95": [0.4, 0.6], "examples": 99}
+        more = {"passed": passed, "verdict": verdict, "versions": {"vllm": "2"}, "seconds": 1.5, "samples": [{"p": 1}]}
+        write_json(run / "evaluation.json", figures | more | subject(run, spec))
+        write_json(run / "canaries.json", {"canaries": []})
+        write_jsonl(run / "events.jsonl", EVENTS)
         return run
 
     return make
@@ -148,3 +149,18 @@ def test_a_store_that_does_not_answer_is_told_without_a_traceback(
     assert main(["publish", "--run", str(make_run()), "--store", "oci://127.0.0.1:1/team"]) == exits.FAILED
     told = capsys.readouterr().err
     assert "127.0.0.1:1" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(("change", "told"), [("gate", "the gate:"), ("adapter", "the adapter:")])
+def test_an_evaluation_of_something_else_promotes_nothing(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, told: str
+) -> None:
+    run = make_run()
+    if change == "gate":
+        spec = read_json(run / "spec.json")
+        write_json(run / "spec.json", spec | {"gate": spec["gate"] | {"min_gain": 0.5}})
+    else:
+        save_file({KEY.format("A"): np.zeros((2, 8), np.float32)}, run / "adapter" / "adapter_model.safetensors")
+    assert publish(run, tmp_path / "store") == exits.INPUT
+    assert f"evaluation.json is of before a change of {told} evaluate again" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
