@@ -49,7 +49,10 @@ live:
 	  dpkg -s $(LOCAL_PACKAGES) >/dev/null 2>&1 || { echo "installing $(LOCAL_PACKAGES)"; apt-get update -q && \
 	  apt-get install -y -q --no-install-recommends $(LOCAL_PACKAGES); } >/dev/null 2>&1; fi; true
 
-local: setup azurite tools live  ## the whole stack on this machine, its pods really running, and its drills (needs root)
+able:  # told before anything is built, which takes long
+	@test "$$(id -u)" = 0 || { echo "root is needed, for namespaces, mounts and nftables: sudo make local"; exit 1; }
+
+local: able setup azurite tools live  ## the whole stack on this machine, its pods really running, and its drills (needs root)
 	@$(BIN)/python -m localcloud.live up --out $(OUT) $(if $(DRILLS),--drills $(DRILLS))
 
 local-down: setup  ## end that cluster and remove what it wrote
@@ -75,7 +78,7 @@ $(READY): requirements/machine.lock requirements/uv.lock
 	  { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..."; exit 1; }
 	@test "$$(uname -sm)" = "Linux x86_64" || { echo "Linux on x86_64 is needed (vLLM's CPU build); this is $$(uname -sm)"; exit 1; }
 	@echo "installing into $(VENV): about 3 GB to fetch, 6 GB on disk, half a minute to some minutes"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); echo "on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.lock
 	$(BIN)/uv pip sync -q --compile-bytecode --require-hashes --python $(BIN)/python requirements/machine.lock requirements/uv.lock
 	@touch $@
@@ -116,11 +119,13 @@ destroy:  ## remove an environment (STACK=dev); what is protected stays, and say
 	$(PULUMI) destroy --stack $(STACK)
 endif
 
-render: setup  ## write all Kubernetes objects of an environment as YAML to OUT/render (STACK=dev); no cloud needed
-	$(BIN)/python -m workloads.render --stack $(STACK) --out $(OUT)/render
+# By what `pulumi up` has, where that is installed: a deployer's machine need not be one on which vLLM runs.
+STACK_VENV := $(if $(wildcard .venv-pulumi/bin/python),.venv-pulumi,$(VENV))
+render: $(if $(filter $(VENV),$(STACK_VENV)),setup)  ## write all Kubernetes objects of an environment as YAML to OUT/render (STACK=dev); no cloud needed
+	$(STACK_VENV)/bin/python -m workloads.render --stack $(STACK) --out $(OUT)/render
 
-dashboards: setup  ## write the Grafana dashboards as JSON to OUT/dashboards, for a Grafana that is not declared here
-	$(BIN)/python -m workloads.dashboards --out $(OUT)/dashboards
+dashboards: $(if $(filter $(VENV),$(STACK_VENV)),setup)  ## write the Grafana dashboards as JSON to OUT/dashboards, for a Grafana that is not declared here
+	$(STACK_VENV)/bin/python -m workloads.dashboards --out $(OUT)/dashboards
 
 # Python 3.11 is the oldest supported: without saying so, the result would depend on the one that runs here.
 LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

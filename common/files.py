@@ -27,6 +27,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
+def private(folder: Path) -> None:
+    """Make `folder` where it is absent, and let nobody else look into it: one that is there already as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 _libc = ctypes.CDLL(None)  # loaded before the fork: after it, another thread may hold the loader's lock
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL: enough for a tuning step and its checkpoint
 
 
@@ -113,17 +115,28 @@ class Processes:
                 process.wait()
 
 
+def interrupt() -> None:
+    """Have each signal that ends this process raise KeyboardInterrupt with its number, so that all is cleaned up."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    for number in ENDING:  # SIGINT too: a script may have left it ignored
+        signal.signal(number, end)
+
+
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not leave half of them running."""
+    """A second signal must not leave half of them running; `timeout` before make sends two SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

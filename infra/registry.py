@@ -8,7 +8,7 @@ import pulumi
 from pulumi_azure_native import containerregistry
 
 from infra.place import Place
-from infra.roles import ACR_PULL, grant
+from infra.roles import ACR_PULL, ACR_PUSH, grant
 
 # What nodes and builds take from public registries, and the repository it is kept in: an upstream that is down, or
 # throttles by address, stops neither a new node nor a build. Upstreams that need no credentials only.
@@ -29,7 +29,7 @@ class RegistryArgs:
 
 
 class Registry(pulumi.ComponentResource):
-    """The registry, its cache rules, and the nodes' right to pull."""
+    """The registry, its cache rules, the nodes' right to pull and the administrators' to push."""
 
     id: pulumi.Output[str]
     name: pulumi.Output[str]
@@ -85,6 +85,16 @@ class Registry(pulumi.ComponentResource):
             scope=registry.id,
             principal_id=args.kubelet_object_id,
             key="kubelet pulls from the registry",
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        grant(
+            f"{name}-admin-push",
+            place,
+            role=ACR_PUSH,  # of an administrator who owns nothing: to roll an adapter back is to move its tag
+            scope=registry.id,
+            principal_id=place.admin_id,
+            principal_type=place.admin_type,
+            key="admin moves tags",
             opts=pulumi.ResourceOptions(parent=self),
         )
         self.id = registry.id

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
 
 from common import exits
+from common.processes import interrupt
 from common.settings import SettingsError
+from localcloud.api import ApiError
 from localcloud.cli import PulumiFailed
 from localcloud.cloud import LocalCloud, known_to
 from localcloud.control_plane import ControlPlaneError
@@ -63,16 +64,12 @@ def main(arguments: list[str]) -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)
         return exits.INPUT
-    except (ControlPlaneError, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
+    except (ControlPlaneError, PulumiFailed, ApiError, subprocess.TimeoutExpired, OSError) as error:
         print(error, file=sys.stderr)
         return exits.FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted: nothing is left running; what is there stays", file=sys.stderr)
-        return exits.INTERRUPTED
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+        return exits.stopped(stop)
 
 
 def _serve(cloud: LocalCloud) -> int:
@@ -83,6 +80,5 @@ def _serve(cloud: LocalCloud) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a script may have left it ignored
-        signal.signal(number, _interrupt)
+    interrupt()
     sys.exit(main(sys.argv[1:]))

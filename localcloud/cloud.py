@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from common.files import private
 from common.processes import Processes
 from common.settings import SettingsError
 from localcloud import azurite, program
@@ -47,7 +48,7 @@ class LocalCloud(Cloud):
     def __enter__(self) -> LocalCloud:
         tools = locate()
         azurite.check()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private(self.folder)
         with contextlib.ExitStack() as opened:
             claim(self.folder, opened)
             processes = opened.enter_context(Processes())

@@ -16,7 +16,7 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from common.files import read_json, write_atomic
+from common.files import private, read_json, write_atomic
 from common.processes import Processes, free_ports, wait_for
 from localcloud.api import Api
 from localcloud.azure.rules import TENANT
@@ -127,7 +127,7 @@ class ControlPlane:
         return Api(self.server, self.token, self.ca_file)
 
     def _start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private(self.folder)
         self.token = self._token()
         self.ca_file = self.folder / "ca.crt"
         port = self._given_port or choose_port(self.folder)

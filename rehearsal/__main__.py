@@ -8,18 +8,16 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 import httpx
 
 from common import exits, logs
 from common.chat import prompt_messages
 from common.files import read_jsonl
-from common.processes import Processes
+from common.processes import Processes, interrupt
 from common.settings import SettingsError
 from rehearsal.chain import Chain, StageFailed, default_specs
 from stress import report
@@ -38,11 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     os.environ.setdefault(logs.CHOICE, "text")  # people read it, through a pipe too
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a script may have left it ignored
-        signal.signal(number, _interrupt)
+    interrupt()
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / ".lock").open("w") as lock:
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        lock = (arguments.out / ".lock").open("w")
+    except OSError as error:
+        print(f"--out: {arguments.out}: cannot be written to: {error}", file=sys.stderr)
+        return exits.INPUT
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -53,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
             return exits.INPUT
         with Processes() as processes:
             chain = Chain(arguments.adapter or list(default_specs()), arguments.out, processes)
-            return _rehearse(chain, keep=arguments.keep)
+            try:
+                return _rehearse(chain, keep=arguments.keep)
+            except KeyboardInterrupt as stop:
+                print("\ninterrupted: stopping every process (the next run resumes the tuning)", file=sys.stderr)
+                return exits.stopped(stop)
 
 
 def _rehearse(chain: Chain, *, keep: bool) -> int:
@@ -68,9 +74,6 @@ def _rehearse(chain: Chain, *, keep: bool) -> int:
         code, message = error.code, str(error)
     except (RuntimeError, TimeoutError, OSError, httpx.HTTPError) as error:
         code, message = exits.FAILED, str(error)
-    except KeyboardInterrupt as stop:
-        print("\ninterrupted: stopping every process (the next run resumes the tuning)", file=sys.stderr)
-        return exits.TERMINATED if signal.SIGTERM in stop.args else exits.INTERRUPTED
     chain.save()
     if written := report.main([str(chain.out)]):
         return code or int(written)
@@ -101,10 +104,6 @@ def _keep(chain: Chain) -> None:
             time.sleep(3600)
     except KeyboardInterrupt:
         pass
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

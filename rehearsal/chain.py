@@ -20,6 +20,7 @@ import yaml
 from artifacts.adapter import promoted_digest, repository
 from artifacts.adapter import version as version_of
 from artifacts.store import open_store
+from blobs import BlobError
 from common import exits
 from common.chat import answer, prompt_messages
 from common.files import file_digest, read_json, read_jsonl, write_json
@@ -29,6 +30,7 @@ from common.settings import SettingsError, load_settings
 from rehearsal.fleet import Fleet
 from serving.spec import ServingSpec
 from training.base import base_revision
+from training.source import local
 from training.spec import TuningSpec
 
 SETTINGS = Path(__file__).parent / "settings"
@@ -57,6 +59,7 @@ class Chain:
     out: Path
     processes: Processes
     tuning: list[TuningSpec] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)  # by adapter, its dataset on this machine
     fleet: Fleet | None = None
     record: dict[str, Any] = field(default_factory=dict)
     memory: MemoryWatch = field(default_factory=MemoryWatch)
@@ -113,9 +116,11 @@ class Chain:
         problems = []
         for path in self.specs:
             try:
-                self.tuning.append(load_settings(path, TuningSpec))
-            except SettingsError as error:
-                problems += error.problems
+                spec = load_settings(path, TuningSpec)
+                self.tuning.append(spec)
+                self.files[spec.adapter] = local(spec.dataset, spec.dataset_sha256)
+            except (SettingsError, BlobError) as error:
+                problems += error.problems if isinstance(error, SettingsError) else [f"{path}: dataset: {error}"]
         names = [spec.adapter for spec in self.tuning]
         if repeated := {name for name in names if names.count(name) > 1}:
             problems.append(f"adapter: {', '.join(repeated)}: named by two settings files; give each its own name")
@@ -167,7 +172,7 @@ class Chain:
         for path, spec in zip(self.specs, self.tuning, strict=True):
             run = self.run_folder(spec)
             command = python("training", "tune", "--spec", path, "--out", run)
-            if not _same_inputs(run, spec):
+            if not _same_inputs(run, spec, self.files[spec.adapter]):
                 command.append("--fresh")
             self._do(command, f"tuning {spec.adapter} failed")
 
@@ -286,7 +291,8 @@ class Chain:
     def _load(self) -> list[str]:
         """Arguments of every load: the prompts of the main dataset to all adapters in turn."""
         arguments = ["--out", str(self.out), "--settings", str(SETTINGS / "stress.yaml")]
-        return [*arguments, "--dataset", self.tuning[0].dataset, "--models", *(spec.adapter for spec in self.tuning)]
+        names = [spec.adapter for spec in self.tuning]
+        return [*arguments, "--dataset", str(self.files[names[0]]), "--models", *names]
 
     def _follow_switch(self, adapter: str, version: str, since: float) -> dict[str, float]:
         """Seconds after `since` at which each replica answers for `adapter` with `version`, asked from outside."""
@@ -322,11 +328,11 @@ class Chain:
         _say(f"    asked     {prompt_messages(row)[-1]['content']!r}\n    answered  {text!r}  ({mark})")
 
 
-def _same_inputs(run: Path, spec: TuningSpec) -> bool:
+def _same_inputs(run: Path, spec: TuningSpec, dataset: Path) -> bool:
     """Whether the interrupted run in `run` had these settings, data and base, so that it can be resumed."""
     if not (run / "run.json").is_file():
         return False
-    digest, revision = file_digest(Path(spec.dataset)), base_revision(Path(spec.base_model))
+    digest, revision = file_digest(dataset), base_revision(Path(spec.base_model))
     fingerprint = spec.fingerprint(dataset_digest=digest, base_revision=revision)
     return bool(read_json(run / "run.json")["fingerprint"] == fingerprint)
 

@@ -575,7 +575,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--usd-per-hour", type=float, metavar="USD", help="of a tuning Job's nodes: what a run has cost is shown then"
     )
-    return cli.run(_write, parser.parse_args(arguments))
+    return cli.run(_write, parser.parse_args(arguments), failures=(OSError,))
 
 
 def _write(arguments: argparse.Namespace) -> int:

@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stack", required=True, help="whose settings: Pulumi.STACK.yaml")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    return cli.run(_render, parser.parse_args(argv))
+    return cli.run(_render, parser.parse_args(argv), failures=(OSError,))
 
 
 def _render(arguments: argparse.Namespace) -> int:

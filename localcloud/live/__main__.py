@@ -10,19 +10,27 @@ Needs root on Linux; nothing outside of its own namespaces is changed.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
 
+from artifacts.store import StoreError
 from common import exits
+from common.processes import ENDING, interrupt
 from common.settings import SettingsError
+from localcloud.api import ApiError
 from localcloud.cli import PulumiFailed
 from localcloud.live import attach, machine
 from localcloud.live.chain import DRILLS, Chain
 from localcloud.live.drills import DrillFailed
 from localcloud.tools import ROOT
 from stress.drills import NotMeasuredError
+
+FAILURES = (  # TimeoutError is an OSError
+    DrillFailed, NotMeasuredError, attach.NotUp, PulumiFailed, ApiError, StoreError, subprocess.TimeoutExpired, OSError,
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -45,6 +53,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--drills: {', '.join(sorted(unknown))}: not among {', '.join(DRILLS)}, none")
     try:
         if options.command == "down":
+            if os.geteuid():
+                raise SettingsError(["root is needed: sudo make local-down"])
             with attach.alone(folder, end_other=True) as ended:
                 return _down(folder, options.images, ended)
         machine.check(folder.resolve(), options.images)
@@ -53,11 +63,11 @@ def main(arguments: list[str]) -> int:
     except SettingsError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return exits.INPUT
-    except (DrillFailed, NotMeasuredError, attach.NotUp, PulumiFailed, OSError) as error:  # TimeoutError is an OSError
+    except FAILURES as error:
         print(f"{error}\nwhat is up stays up, to be looked at: make local-down ends it", file=sys.stderr)
         return exits.FAILED
-    except KeyboardInterrupt:  # before anything was started
-        return exits.INTERRUPTED
+    except KeyboardInterrupt as stop:  # before anything was started
+        return exits.stopped(stop)
 
 
 def _up(folder: Path, options: argparse.Namespace, wanted: list[str]) -> int:
@@ -65,11 +75,12 @@ def _up(folder: Path, options: argparse.Namespace, wanted: list[str]) -> int:
     print(f"at most {machine.disk_gib(options.images)} GiB of disk will be used, in {options.images} and {folder}")
     try:
         return exits.OK if chain.run(wanted) else exits.FAILED
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not leave half of it
+    except KeyboardInterrupt as stop:
+        for number in ENDING:  # a second one must not leave half of it; `timeout` and make send two
+            signal.signal(number, signal.SIG_IGN)
         attach.stop(folder)
         print("interrupted: nothing is left running; what it wrote stays, and make local goes on", file=sys.stderr)
-        return exits.INTERRUPTED
+        return exits.stopped(stop)
 
 
 def _down(folder: Path, images: Path, ended: bool) -> int:
@@ -80,11 +91,6 @@ def _down(folder: Path, images: Path, ended: bool) -> int:
     return exits.OK
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupt()
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from common.files import private
 from common.processes import python, wait_for
 from common.settings import SettingsError
 from localcloud.api import Api
@@ -81,7 +82,7 @@ def start(folder: Path, images: Path) -> LiveCloud:
     """Start it where none is up. Raises `NotUp` with the end of its log, TimeoutError."""
     folder = folder.resolve()
     if _running(folder) is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        private(folder)
         (folder / DAEMON_FILE).unlink(missing_ok=True)  # of one that was killed
         log = folder / "logs" / "daemon.log"
         log.parent.mkdir(exist_ok=True)

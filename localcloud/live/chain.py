@@ -24,7 +24,7 @@ from common.chat import answer, prompt_messages
 from common.files import read_json, read_jsonl, write_json
 from common.memory import MemoryWatch
 from common.processes import python
-from localcloud.live import attach, drills, report
+from localcloud.live import attach, drills, machine, report
 from localcloud.live.drills import DrillFailed, Ground
 from localcloud.live.sight import SERVING, TUNING, Job, Sight
 from localcloud.tools import ROOT
@@ -64,10 +64,11 @@ class Chain:
 
         Raises what they raise; `local.json` says how far it came.
         """
+        up_seconds = 40 if machine.are_built(self.images) else 700
         # Name, what it does, the step, and the seconds that it took on two cores: the ETA that is shown.
         steps: list[tuple[str, str, Callable[[], dict[str, Any]], float]] = [
             ("start", "control plane, pods' network, stand-ins for Azure", self.start, 7),
-            ("up", "pulumi up: build the images, declare everything", self.up, 40 if self._built() else 700),
+            ("up", "pulumi up: build the images, declare everything", self.up, up_seconds),
             ("tuning", "two adapters, tuned and held against the base", self.tuning, 300),
             ("serving", "two replicas with the promoted adapters", self.serving, 10),
             ("stress", "the stack's own stress test, which waited for them", self.stress, 45),
@@ -136,7 +137,8 @@ class Chain:
         began = time.monotonic()
         cloud = attach.start(self.folder, self.images)
         self._memory.others.append(cloud.pid)
-        self.say(f"kubectl --kubeconfig {self.folder / 'kubeconfig'} get pods -A")
+        sudo = "sudo " * ("SUDO_UID" in os.environ)  # who reads this is root for the time of this command alone
+        self.say(f"{sudo}kubectl --kubeconfig {self.folder / 'kubeconfig'} get pods -A")
         os.environ["DRYDOCK_REGISTRY_ENDPOINT"] = cloud.registry
         stack = cloud.stack(STACK)
         stack.unlock()
@@ -282,9 +284,6 @@ class Chain:
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = yaml.safe_load((ROOT / f"Pulumi.{STACK}.yaml").read_text())["config"]
         return settings
-
-    def _built(self) -> bool:
-        return (self.images / "store" / "overlay-images").is_dir()
 
     def say(self, text: str) -> None:
         self._clear()

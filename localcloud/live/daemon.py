@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.files import write_atomic
+from common.files import private, write_atomic
 from common.processes import Processes, free_ports, python, wait_for
 from localcloud import azurite, registry
 from localcloud.api import Api
@@ -37,7 +37,7 @@ MODELS = {"drydock/tiny": "rehearsal/base"}
 
 
 def main(folder: Path, images: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(folder)
     places, world = sockets(folder), World(folder / "azure")
     for stale in (folder / DAEMON_FILE, folder / "inside.json"):
         stale.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -54,7 +55,19 @@ def check(folder: Path, images: Path) -> None:
 
 def disk_gib(images: Path) -> int:
     """The most GiB that a run will write below the folder of `images`."""
-    return LATER_GIB if (images / "store" / "overlay-images").is_dir() else FIRST_GIB
+    return LATER_GIB if are_built(images) else FIRST_GIB
+
+
+def are_built(images: Path) -> bool:
+    """Whether an earlier run has built each of the stack's images into the folder of `images`, of any code."""
+    from infra.images import IMAGES  # with all of Pulumi's SDK
+
+    try:
+        kept = json.loads((images / "store" / "overlay-images" / "images.json").read_text())
+    except (OSError, ValueError):  # none, or one that was being written
+        return False
+    names = {name.partition(":")[0] for image in kept for name in image.get("names") or ()}
+    return names >= {f"localhost/drydock/{name}" for name in IMAGES}
 
 
 def disk_problems(images: Path) -> list[str]:

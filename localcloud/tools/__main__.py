@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from common import exits
+from common.processes import interrupt
 from localcloud.tools import DISK, ROOT, ToolsMissing, locate, missing, missing_line
 from localcloud.tools.build import GIB, Build, BuildFailed
 from localcloud.tools.machine import go_problem, released
@@ -31,8 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     root = arguments.root.resolve()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupt()
     try:
         if not arguments.check:
             _build(root / ".engine")
@@ -43,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except (BuildFailed, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return exits.FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\ninterrupted: what is complete stays, the next run goes on from there", file=sys.stderr)
-        return exits.INTERRUPTED
+        return exits.stopped(stop)
     for module in MODULES:
         for name in module.binaries:
             if other := released(module, name):
@@ -140,10 +138,6 @@ class Progress:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -55,6 +55,15 @@ def gone(numbers: list[int], seconds: float = 20) -> None:
 
 IGNORES_TERM = "trap '' TERM;"
 PASSES_TERM_ON = "trap 'kill 0' TERM;"  # as vLLM does to its engine processes
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """What signals do is afterwards as it was."""
+    before = {number: signal.getsignal(number) for number in module.ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_leaving_the_block_ends_whole_groups(tmp_path: Path) -> None:
@@ -121,13 +130,16 @@ def test_an_interrupted_command_is_ended(tmp_path: Path) -> None:
     gone(pids(tmp_path / "a"))
 
 
-def test_a_second_ctrl_c_does_not_leave_half_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", module.ENDING)
+def test_a_second_signal_does_not_leave_half_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored: None, number: int
+) -> None:
     monkeypatch.setattr(module, "STOP_SECONDS", 0.5)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    module.interrupt()
     with Processes() as processes:
         processes.start(family(tmp_path / "a", IGNORES_TERM))
         everyone = pids(tmp_path / "a")
-        timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), number))
         timer.start()
     timer.join()
     gone(everyone)

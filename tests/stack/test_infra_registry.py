@@ -8,7 +8,7 @@ import pulumi
 import pytest
 
 from infra.registry import Registry, RegistryArgs
-from infra.roles import ACR_PULL
+from infra.roles import ACR_PULL, ACR_PUSH
 from tests.unit.pulumi_mocks import Recorder, deploy, place
 from tests.unit.registrations import Request, deploy_with_requests, orphans
 
@@ -63,9 +63,18 @@ def test_public_images_come_through_the_cache() -> None:
 
 def test_nodes_may_pull_and_no_more() -> None:
     seen = made()[0]
-    role = seen.one(":RoleAssignment").inputs
+    role = seen.one(":RoleAssignment", "registry-kubelet-pull").inputs
     assert role["roleDefinitionId"].endswith(ACR_PULL) and role["principalId"] == KUBELET
     assert role["scope"].endswith("/registry-registry") and role["principalType"] == "ServicePrincipal"
+
+
+def test_administrators_who_own_nothing_may_move_tags() -> None:
+    """To roll an adapter back: what a runbook asks of whoever is on call."""
+    seen = made()[0]
+    role = seen.one(":RoleAssignment", "registry-admin-push").inputs
+    assert role["roleDefinitionId"].endswith(ACR_PUSH) and role["principalId"] == place().admin_id
+    assert role["scope"].endswith("/registry-registry") and role["principalType"] == place().admin_type
+    assert len(seen.of(":RoleAssignment")) == 2
 
 
 def test_outputs() -> None:

@@ -257,7 +257,7 @@ def test_a_failed_download_shows_what_went_wrong(bare: Path, tmp_path: Path) -> 
     assert not CRDS.built(engine).exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_build_leaves_nothing_that_looks_complete(
     number: int, code: int, bare: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 
 from common import exits
 from common.files import file_digest, read_json, tree_digest, write_json, write_jsonl
+from common.processes import ENDING
 from common.settings import SettingsError, load_settings
 from rehearsal.__main__ import _rehearse as rehearse
+from rehearsal.__main__ import main as rehearsal
 from rehearsal.chain import Chain, StageFailed, default_specs
 from serving.spec import ServingSpec
 from stress import report
+from tests.unit.file_server import FileServer
 from training.spec import TuningSpec
 
 
@@ -85,6 +89,42 @@ def test_the_problems_of_all_settings_files_are_told_together(tmp_path: Path, se
     assert f"base_model: {tmp_path}/base, other: the adapters of one pool share one base" in told
     assert not made.processes.commands  # type: ignore[attr-defined]
     assert (tmp_path / "out" / "runs" / "a").is_dir(), "nothing was cleared for a rehearsal that cannot begin"
+
+
+def test_a_dataset_from_elsewhere_is_fetched_once_for_all_that_comes_after(
+    tmp_path: Path, settings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRYDOCK_CACHE", str(tmp_path / "cache"))
+    server = FileServer((tmp_path / "d.jsonl").read_bytes())
+    try:
+        spec = settings("a", dataset=f"{server.url}/d.jsonl?sig=S3CR3T")
+        made = chain(tmp_path, spec)
+        made._prepare()
+        words = made._load()
+        kept = Path(words[words.index("--dataset") + 1])
+        assert kept.read_bytes() == (tmp_path / "d.jsonl").read_bytes()
+        run = {"fingerprint": made.tuning[0].fingerprint(dataset_digest=file_digest(kept), base_revision=tree_digest(tmp_path / "base"))}  # fmt: skip
+        write_json(made.run_folder(made.tuning[0]) / "run.json", run)
+        assert fresh(chain(tmp_path, spec)) == [False], "an interrupted run is known again"
+        server.fault = lambda _: {"status": 404}
+        with pytest.raises(SettingsError, match=r"no such file \(404 Not Found\)"):
+            chain(tmp_path, settings("b", dataset=f"{server.url}/gone.jsonl")).run()
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("out", ["a file", "below a file"])
+def test_an_output_folder_that_cannot_be_is_told(tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    path = file if out == "a file" else file / "out"
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        assert rehearsal(["--out", str(path)]) == exits.INPUT
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err.startswith(f"--out: {path}: cannot be written to: ")
 
 
 def test_a_folder_with_other_peoples_files_is_left_alone(tmp_path: Path, settings: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from common.settings import SettingsError
 from infra.settings import SECRETS, read_environment
 from localcloud.azure.rules import TENANT
 from localcloud.hub import revision_of
-from localcloud.live import attach, drills
+from localcloud.live import attach, drills, machine
 from localcloud.live.dress import Dresser
 from localcloud.live.places import AZURE_ADDRESS, REGISTRY_ADDRESS, TRUST
 from localcloud.live.relay import Relay
@@ -30,6 +31,23 @@ from tests.unit.test_environment import as_pulumi
 from workloads.engine import SIDECAR_METRICS
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_images_count_as_built_once_each_of_the_stacks_is(tmp_path: Path) -> None:
+    """buildah makes its folder before it has built anything; a second run must not take that for less to come."""
+    kept = tmp_path / "store" / "overlay-images" / "images.json"
+    assert not machine.are_built(tmp_path)
+    kept.parent.mkdir(parents=True)
+    assert not machine.are_built(tmp_path)
+    kept.write_text("[{")
+    assert not machine.are_built(tmp_path)
+    images = [{"names": [f"localhost/drydock/{name}:1a2b"]} for name in ("training", "serving", "stress", "router")]
+    for number in range(4):
+        kept.write_text(json.dumps([{"id": "a layer"}, {"names": None}, *images[:number]]))
+        assert not machine.are_built(tmp_path)
+    kept.write_text(json.dumps(images))
+    assert machine.are_built(tmp_path)
+    assert machine.disk_gib(tmp_path) == machine.LATER_GIB
 
 
 @pytest.fixture
