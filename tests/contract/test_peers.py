@@ -83,7 +83,10 @@ def test_an_adapter_that_kaito_pushed_is_proven_by_vllm_and_promoted(
     theirs, run, store = tmp_path / "theirs", tmp_path / "run", tmp_path / "store"
     tune_with_peft(theirs, work / "rows.jsonl")
     settings = {"adapter": "theirs", "base_model": str(BASE), "dataset": str(work / "rows.jsonl")}
-    write_json(tmp_path / "spec.yaml", settings | {"held_out_fraction": 0.1, "max_seq_length": 256})
+    write_json(
+        tmp_path / "spec.yaml",
+        settings | {"held_out_fraction": 0.1, "gate": {"min_examples": 5}, "max_seq_length": 256},
+    )
     with localcloud.registry.serve(tmp_path / "registry") as host:
         pushed(theirs, f"{host}/kaito/theirs:v1", tmp_path / "pusher", "phi-3-mini-4k-instruct")
         command = ["adopt", "--spec", str(tmp_path / "spec.yaml"), "--adapter", f"oci://{host}/kaito/theirs:v1"]
@@ -127,7 +130,7 @@ def test_plain_peft_loads_ours_and_gives_the_logits_of_the_tuned_model(
     rows.write_text("".join((work / "rows.jsonl").read_text().splitlines(keepends=True)[:120]))
     spec = TuningSpec(
         adapter="ours", base_model=str(BASE), dataset=str(rows), max_seq_length=256, learning_rate=2e-3,
-        num_train_epochs=1, held_out_fraction=0.2,
+        num_train_epochs=1, held_out_fraction=0.2, gate={"min_examples": 5},
     )  # fmt: skip
     module.tune(spec, tmp_path / "run")
     tuned = kept[0].eval()
@@ -152,7 +155,10 @@ def test_a_log_for_machines_is_json_and_the_token_of_a_gated_base_is_nowhere(wor
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((work / "rows.jsonl").read_text().splitlines(keepends=True)[:60]))
     settings = {"adapter": "ours", "base_model": str(BASE), "dataset": str(rows), "max_seq_length": 256}
-    write_json(tmp_path / "spec.yaml", settings | {"num_train_epochs": 1, "held_out_fraction": 0.3, "save_steps": 1})
+    write_json(
+        tmp_path / "spec.yaml",
+        settings | {"num_train_epochs": 1, "held_out_fraction": 0.3, "gate": {"min_examples": 5}, "save_steps": 1},
+    )
     command = [sys.executable, "-m", "training", "tune", "--spec", str(tmp_path / "spec.yaml")]
     command += ["--out", str(tmp_path / "run"), "--metrics-address", "off"]
     environment = {name: value for name, value in os.environ.items() if name != "DRYDOCK_LOG"}

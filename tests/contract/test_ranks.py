@@ -45,6 +45,7 @@ def spec(tiny_base: Path, rows_file: Path) -> Spec:  # noqa: F811
         "adapter": "kubectl", "base_model": str(tiny_base), "dataset": str(rows_file), "learning_rate": 1e-3,
         "num_train_epochs": 10, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lora_r": 4,
         "lora_alpha": 8, "lora_dropout": 0.1, "max_seq_length": 128, "logging_steps": 1, "held_out_fraction": 0.2,
+        "gate": {"min_examples": 5},
     }  # fmt: skip
     return lambda **change: TuningSpec.model_validate(settings | change)
 
@@ -259,7 +260,9 @@ def test_a_row_that_breaks_the_loss_of_one_process_ends_both_with_its_line_and_t
         model.get_input_embeddings().weight[token] = torch.nan
     model.save_pretrained(base)
 
-    settings = spec(dataset=str(tmp_path / "rows.jsonl"), base_model=str(base), held_out_fraction=0.2)
+    settings = spec(
+        dataset=str(tmp_path / "rows.jsonl"), base_model=str(base), held_out_fraction=0.2, gate={"min_examples": 5}
+    )
     process = started(processes, settings, tmp_path, "--processes", "2")
     said = ended(process, tmp_path)
     assert process.returncode == exits.INPUT, said

@@ -45,6 +45,7 @@ def arguments(tiny_base: Path, rows_file: Path) -> Arguments:
             "adapter": "kubectl", "base_model": str(tiny_base), "dataset": str(rows_file), "num_train_epochs": 14,
             "learning_rate": 5e-3, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "max_seq_length": 128,
             "save_steps": 1, "logging_steps": 1, "held_out_fraction": 0.2, "per_device_train_batch_size": 4,
+            "gate": {"min_examples": 5},
             "gradient_accumulation_steps": 2,
         }  # fmt: skip
         spec = out.parent / f"{out.name}.json"

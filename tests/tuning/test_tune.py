@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from artifacts.adapter import check_adapter
+from artifacts.adapter import check_adapter, lora_shapes
 from common import exits
 from common.files import file_digest, read_json, read_jsonl, tree_digest, write_json, write_jsonl
 from common.processes import free_ports
@@ -136,6 +136,24 @@ def test_the_summary_agrees_with_the_run(
     elapsed = [event["elapsed_seconds"] for event in events]
     assert elapsed == sorted(elapsed)
     assert elapsed[-1] <= summary["seconds"] + 0.001
+
+
+def test_the_head_as_a_target_does_not_bring_the_bases_own_along(
+    spec: Callable[..., TuningSpec], tiny_base: Path, tmp_path: Path
+) -> None:
+    """PEFT adds it by itself, and vLLM refuses an adapter that holds it; seen on a base that does not tie the two."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    change = read_json(base / "config.json") | {"tie_word_embeddings": False}
+    write_json(base / "config.json", change)
+    tensors = load_file(base / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
+    targets = ("q_proj", "lm_head")
+    tune(spec(base_model=str(base), lora_target_modules=targets, num_train_epochs=1), tmp_path / "run")
+    assert check_adapter(tmp_path / "run" / "adapter") == []
+    changed = lora_shapes(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert changed["lm_head"] == tuple(head.shape)
+    assert {name for step in (tmp_path / "run" / "checkpoints").iterdir() for name in load_file(step / "adapter.safetensors") if ".lora_" not in name} == set()  # fmt: skip
 
 
 def test_tuning_never_sees_a_held_out_prompt(spec: Callable[..., TuningSpec], tmp_path: Path) -> None:
