@@ -68,11 +68,18 @@ def host_port(text: str, option: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def metrics_address(text: str) -> tuple[str, int] | None:
+    """That of `--metrics-address`, None for `off`. Raises `SettingsError`."""
+    return None if text == "off" else host_port(text, "--metrics-address")
+
+
 def _reader_left() -> bool:
     """Whether nobody reads standard output any more, as after `| head`; what it still holds is dropped then."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    left = any(event & select.POLLERR for _, event in output.poll(0))  # poll(2): a pipe whose reading end is closed
+    left = True
+    if hasattr(select, "poll"):  # not on Windows
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        left = any(event & select.POLLERR for _, event in output.poll(0))  # poll(2): a pipe whose reading end is closed
     if left:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return left

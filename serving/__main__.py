@@ -158,8 +158,7 @@ def _sidecar(arguments: argparse.Namespace) -> int:
     from serving.state import prepare, read_token
 
     spec = load_settings(arguments.spec, ServingSpec)
-    off = arguments.metrics_address == "off"
-    address = None if off else cli.host_port(arguments.metrics_address, "--metrics-address")
+    address = cli.metrics_address(arguments.metrics_address)
     prepare(arguments.state)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -208,9 +208,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace) -> int:
     spec = load_settings(arguments.spec, TuningSpec)
-    address = (
-        None if arguments.metrics_address == "off" else cli.host_port(arguments.metrics_address, "--metrics-address")
-    )
+    address = cli.metrics_address(arguments.metrics_address)
     # OpenMP threads spin while they wait, and stand still when another process needs a core too. Steps per second on
     # two cores, free / one of them busy: 5.5 / 0.7 by default, 5.3 / 2.3 with few spins, 2.7 / 3.7 with none.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

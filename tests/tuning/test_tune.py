@@ -561,6 +561,17 @@ def test_the_command_ends_with_143_after_sigterm_and_resumes_to_0(
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_the_check_tells_a_split_on_which_nothing_could_pass(
+    spec: Callable[..., TuningSpec], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "spec.yaml"
+    for gate, code in (({"min_examples": 5}, exits.OK), ({}, exits.INPUT)):
+        write_json(file, spec(gate=gate).model_dump(mode="json"))
+        assert main(["check", str(rows_file), "--spec", str(file)]) == code
+        told = capsys.readouterr().out
+        assert "54 good rows, no problems" in told and ("gate.min_examples = 30" in told) == (code == exits.INPUT)
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0", "localhost:99999", "9401", "a:b"])
 def test_a_mistyped_metrics_address_is_told_before_anything_loads(
     address: str, spec_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
