@@ -24,6 +24,7 @@ from serving import canaries
 from serving.evaluate import evaluate, open_run
 from tests.contract.conftest import BASE, Replica, tune, wait_until
 from training.__main__ import main as training
+from training.publish import subject
 
 # From tag to traffic. The bar is 10 on a machine of its own (make rehearse and make bench-serving measure it); here another
 # worker starts its engines beside this one, on the same two cores.
@@ -206,6 +207,9 @@ def test_an_adapter_that_answers_as_the_base_is_refused_and_the_old_version_stay
     weights = load_file(broken / "adapter" / "adapter_model.safetensors")
     zeroed = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in weights.items()}
     save_file(zeroed, broken / "adapter" / "adapter_model.safetensors")
+    assert publish(broken, replica) == 2, "its evaluation is of other weights"
+    forged = read_json(broken / "evaluation.json") | subject(broken, open_run(broken).spec)
+    write_json(broken / "evaluation.json", forged)
     assert publish(broken, replica) == 0
     digest = promoted_digest(open_store(replica.store), "kubectl")
     assert digest and digest != promoted
