@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from artifacts import adapter, image
 from artifacts.adapter import PROMOTED, AdapterError, NotProven, read_card, repository, version
-from artifacts.store import NotFound, Store, StoreError, open_store
+from artifacts.store import CorruptBlob, NotFound, Store, StoreError, Unusable, open_store
 from common import exits
 
 _ABOUT = """\
@@ -107,7 +107,15 @@ def _list(store: Store) -> None:
     for name in adapter.adapter_names(store):
         tags = store.tags(repository(name))
         for digest in sorted(set(tags.values()), key=lambda digest: (digest != tags.get(PROMOTED), digest)):
-            card = read_card(store, name, digest)[1]
+            try:
+                card = read_card(store, name, digest)[1]
+            except (
+                AdapterError,
+                Unusable,
+                CorruptBlob,
+            ) as error:  # a signature, say: the others are shown all the same
+                print(error, file=sys.stderr)
+                continue
             seen = card.evaluation
             verdict = "passed" if card.passed else "failed" if seen else "none"
             state = PROMOTED if digest == tags.get(PROMOTED) else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from artifacts.store import TITLE, Artifact, NotFound, Store
+from artifacts.store import TITLE, Artifact, Store
 from common import tensors
 from common.lora import ADAPTER_NAME, MAX_LORA_RANK, vllm_lora_rank
 
@@ -172,10 +172,7 @@ def require_passed(name: str, digest: str, card: AdapterCard, done: str) -> None
 
 def promoted_digest(store: Store, name: str) -> str | None:
     """The digest of the promoted version, None before the first: cheap enough to ask every few seconds."""
-    try:
-        return store.resolve(repository(name), PROMOTED)
-    except NotFound:
-        return None
+    return store.find(repository(name), PROMOTED)
 
 
 def read_card(store: Store, name: str, reference: str) -> tuple[str, AdapterCard]:
@@ -194,7 +191,8 @@ def fetch_adapter(store: Store, name: str, reference: str, target: Path) -> Fetc
 
 def adapter_names(store: Store) -> list[str]:
     """The names of all adapters in the store."""
-    return [name.removeprefix("adapters/") for name in store.repositories() if name.startswith("adapters/")]
+    names = (name.removeprefix("adapters/") for name in store.repositories() if name.startswith("adapters/"))
+    return [name for name in names if re.fullmatch(ADAPTER_NAME, name)]  # others may keep something else beside them
 
 
 def check_adapter(folder: Path) -> list[str]:

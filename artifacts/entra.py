@@ -15,7 +15,7 @@ from urllib.parse import SplitResult
 import requests
 
 from artifacts.store import StoreError
-from common.identity import entra_credential, first_line
+from common.identity import entra_credential, first_line, passing
 
 # The registry's own audience: tokens for Azure Resource Manager are refused where "authentication as ARM" is off.
 AUDIENCE = "https://containerregistry.azure.net/.default"
@@ -119,6 +119,8 @@ class EntraSignIn:
         try:
             return str(self._credential.get_token(AUDIENCE).token)
         except ClientAuthenticationError as error:
+            if passing(error):
+                raise Unreachable(f"Entra: {_told(error)}") from None
             raise StoreError(f"{self._host}: no Entra token: {_told(error)}; {_REMEDY}") from None
         except AzureError as error:
             raise Unreachable(f"Entra: {_told(error)}") from None

@@ -112,7 +112,7 @@ def pull(url: str, target: Path) -> Pulled:
             file.seek(0)
             try:
                 left = _unpack(file, layer["mediaType"] != LAYER_TYPE, target, left)
-            except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError, IndexError) as error:
                 raise AdapterError([f"{named}: layer {layer['digest']}: {error}"]) from error
     if missing := [name for name in FILES if not (target / name).is_file()]:
         raise AdapterError([f"{named}: no /{FOLDER}/{name} in the image; KAITO's adapters have it" for name in missing])
@@ -168,7 +168,14 @@ class _Entry(tarfile.TarInfo):
         # GNU's long names and POSIX's extended headers are held in memory whole, whatever size they claim.
         if self.type not in tarfile.REGULAR_TYPES and self.size > MOST_HEADER_BYTES:
             raise tarfile.ReadError(f"an entry {self.name[:80]!r} of type {self.type!r} with {self.size} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:  # so is its list of holes, which may go on for ever
+            self._proc_gnusparse_10()
         return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, *_: Any) -> Any:
+        raise tarfile.ReadError(f"a sparse file {self.name[:80]!r}: no adapter has holes")
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10
 
 
 class _Counted(io.RawIOBase):

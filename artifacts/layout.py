@@ -6,7 +6,6 @@ writer of the index holds a lock file and replaces the index in one step; reader
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -111,10 +110,15 @@ class LayoutStore(Store):
 
     def _index(self, repository: str) -> list[dict[str, Any]]:
         """The entries of `index.json`; none when nothing was pushed yet."""
+        path = self._folder(repository) / "index.json"
         try:
-            manifests: list[dict[str, Any]] = read_json(self._folder(repository) / "index.json")["manifests"]
+            manifests: list[dict[str, Any]] = read_json(path)["manifests"]
+            if not all(isinstance(entry["digest"], str) for entry in manifests):
+                raise TypeError
         except FileNotFoundError:
             return []
+        except (ValueError, KeyError, TypeError):
+            raise CorruptBlob(f"{path}: no index of an OCI layout") from None
         return manifests
 
     @contextmanager
@@ -123,6 +127,8 @@ class LayoutStore(Store):
         folder = self._folder(repository)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".index.lock").open("w") as lock:
+            import fcntl  # absent on Windows, where such a folder can be read alone
+
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when a process dies
             entries = self._index(repository)
             yield entries

@@ -12,6 +12,8 @@ import base64
 import binascii
 import json
 import os
+import re
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,21 +33,45 @@ from artifacts.store import (
     StoreError,
     _sha256,
 )
-from common.hosts import is_loopback
+from common.hosts import causes, is_loopback, retry_after
 
 ATTEMPTS = 4
 BACKOFF_SECONDS = 0.5  # doubled after each attempt: a dead registry is told after 3.5 s
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+LONGEST_WAIT_SECONDS = 30.0  # that a registry's Retry-After is heeded
+# Indexes too: what a tag of one means is nothing to us, but then that is said, and not that there is no such tag.
+ACCEPTED = ", ".join((
+    MANIFEST_TYPE, "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+))  # fmt: skip
 
 Result = TypeVar("Result")
 
 
 class _Passing(Exception):
-    """A trouble that another attempt may not meet: no connection, a cut stream, 429 or 5xx."""
+    """A trouble that another attempt may not meet, after `seconds`: no connection, a cut stream, 429 or 5xx."""
+
+    def __init__(self, text: str, seconds: float = 0.0) -> None:
+        super().__init__(text)
+        self.seconds = seconds
 
 
 class _Silent(_Passing):
     """No connection, or one that ended without an answer."""
+
+
+class _Session(requests.Session):
+    """Sends a sign-in to nobody but whom it was made for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auth = lambda request: request  # or requests would take a password from ~/.netrc
+
+    def rebuild_auth(self, prepared_request: Any, response: requests.Response) -> None:
+        """After a redirect: requests' own would look into ~/.netrc for the other host."""
+        url = prepared_request.url
+        if self.should_strip_auth(response.request.url, url):  # type: ignore[no-untyped-call]
+            prepared_request.headers.pop("Authorization", None)
 
 
 class RegistryStore(Store):
@@ -56,18 +82,17 @@ class RegistryStore(Store):
         if not parts.hostname or parts.username or parts.query or parts.fragment:
             raise ValueError(f"store {url!r}: expected oci://HOST[:PORT]/PREFIX")
         self.url = url.rstrip("/")
-        self.host = parts.netloc
+        self.host = parts.netloc.lower()  # as it stands in the addresses of answers
         self._prefix = parts.path.strip("/")
         local = is_loopback(parts.hostname)
-        self._base = f"{'http' if local else 'https'}://{parts.netloc}"
+        self._base = f"{'http' if local else 'https'}://{self.host}"
         if stand_in := os.environ.get("DRYDOCK_REGISTRY_ENDPOINT"):
             local = is_loopback(urlsplit(stand_in).hostname or "")
             if not local:  # nobody's token may go to another host because of a variable
                 raise ValueError(f"DRYDOCK_REGISTRY_ENDPOINT={stand_in}: expected http://127.0.0.1:PORT")
             self._base = stand_in.rstrip("/")
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = not local  # a proxy cannot reach this machine's own loopback
-        self._session.auth = lambda request: request  # or requests would take a password from ~/.netrc
         # By repository and whether it writes: a bearer token is for that much, and a registry may answer 403, without
         # saying what to ask for, to one that is good for less.
         self._authorization: dict[tuple[str, bool], str] = {}
@@ -75,9 +100,11 @@ class RegistryStore(Store):
         self._entra_scopes: dict[tuple[str, bool], str] = {}  # what was asked of Entra, for the words of a refusal
 
     def tags(self, repository: str) -> dict[str, str]:
-        names = self._list(f"{self._api(repository)}/tags/list", "tags", repository)
-        found = {name: self._find(repository, name) for name in names}
+        found = {name: self._find(repository, name) for name in self._tag_names(repository)}
         return {name: digest for name, digest in found.items() if digest is not None}
+
+    def _tag_names(self, repository: str) -> list[str]:
+        return self._list(f"{self._api(repository)}/tags/list", "tags", repository)
 
     def repositories(self) -> list[str]:
         names = self._list(f"{self._base}/v2/_catalog", "repositories", "")
@@ -86,7 +113,7 @@ class RegistryStore(Store):
 
     def _find(self, repository: str, reference: str) -> str | None:
         address = f"{self._api(repository)}/manifests/{reference}"
-        response = self._request("HEAD", address, repository, allow=(404,), headers={"Accept": MANIFEST_TYPE})
+        response = self._request("HEAD", address, repository, allow=(404,), headers={"Accept": ACCEPTED})
         if response.status_code == 404:
             return None
         digest = response.headers.get("Docker-Content-Digest")
@@ -123,7 +150,7 @@ class RegistryStore(Store):
                         if file.tell() > size:
                             break
                 except requests.RequestException as error:
-                    raise _Passing(f"blob {digest} of {size} bytes: the stream was cut: {error}") from error
+                    raise _Passing(f"blob {digest} of {size} bytes: the stream was cut: {_unsigned(error)}") from error
 
         _retrying(download, self.url)
 
@@ -145,7 +172,7 @@ class RegistryStore(Store):
 
     def _get_manifest(self, repository: str, digest: str) -> bytes:
         address = f"{self._api(repository)}/manifests/{digest}"
-        response = self._request("GET", address, repository, headers={"Accept": MANIFEST_TYPE})
+        response = self._request("GET", address, repository, headers={"Accept": ACCEPTED})
         if len(response.content) > MANIFEST_LIMIT_BYTES:
             raise StoreError(
                 f"{address}: a manifest of {len(response.content)} bytes; the limit is {MANIFEST_LIMIT_BYTES}"
@@ -202,12 +229,12 @@ class RegistryStore(Store):
                     timeout=(CONNECT_SECONDS, READ_SECONDS),
                     allow_redirects=method in ("GET", "HEAD"),
                 )
-            except requests.exceptions.SSLError as error:
-                raise StoreError(f"{self.url}: no trusted TLS connection: {error}") from error
             except requests.ConnectionError as error:
-                raise _Silent(f"{method} {address}: {error}") from error
+                if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes(error)):
+                    raise StoreError(f"{self.url}: no trusted TLS connection: {_unsigned(error)}") from error
+                raise self._lost(error, method, address) from error
             except (requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-                raise _Passing(f"{method} {address}: {error}") from error
+                raise _Passing(f"{method} {_unsigned(address)}: {_unsigned(error)}") from error
             # Only the registry itself may ask: not a storage host that it sent us to.
             if response.status_code == 401 and not signed_in and urlsplit(response.url).netloc == self.host:
                 response.close()
@@ -216,16 +243,22 @@ class RegistryStore(Store):
             break
         if response.status_code < 300 or response.status_code in allow:
             return response
-        text = f"{method} {address}: {response.status_code} {response.reason}: {_told(response)}"
+        text = f"{method} {_unsigned(address)}: {response.status_code} {response.reason}: {_told(response)}"
         response.close()
         if response.status_code == 429 or response.status_code >= 500:
-            raise _Passing(text)
+            raise _Passing(text, retry_after(response.headers))
         at_home = ours and urlsplit(response.url).netloc == self.host
         if response.status_code in (401, 403) and at_home and purpose in self._entra_scopes:
             text += f": {self._entra.lacking(method, self._entra_scopes[purpose])}"
             self._entra.forget()
             del self._authorization[purpose], self._entra_scopes[purpose]
         raise StoreError(f"{self.url}: {text}")
+
+    def _lost(self, error: requests.ConnectionError, method: str, address: str) -> _Passing:
+        """`error` in words; of a storage host that the registry sent us to, it says nothing about the registry."""
+        to = getattr(error.request, "url", None) or address
+        kind = _Silent if urlsplit(to).netloc == urlsplit(self._base).netloc else _Passing
+        return kind(f"{method} {_unsigned(address)}: {_unsigned(error)}")
 
     def _sign_in(self, refused: requests.Response, method: str, purpose: tuple[str, bool]) -> str:
         """The `Authorization` header that answers a 401: Basic, or a token got with Basic, by Entra or anonymously."""
@@ -284,8 +317,13 @@ def _retrying(action: Callable[[], Result], where: str) -> Result:
             if attempt == ATTEMPTS:
                 kind = OutOfReach if isinstance(error, _Silent) else StoreError
                 raise kind(f"{where}: gave up after {ATTEMPTS} attempts: {error}") from error
-            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
+            time.sleep(max(BACKOFF_SECONDS * 2 ** (attempt - 1), min(error.seconds, LONGEST_WAIT_SECONDS)))
     raise AssertionError("unreachable")
+
+
+def _unsigned(told: object) -> str:
+    """`told` without the queries of addresses: a storage host's bears the signature that opens it."""
+    return re.sub(r"\?[^\s'\")]*", "?...", str(told))
 
 
 def _answer(response: requests.Response) -> dict[str, Any]:
@@ -312,12 +350,17 @@ def _docker_login(host: str) -> tuple[str | None, Path]:
     # Not Path.home(): it fails for a container's user that has neither HOME nor an entry in /etc/passwd.
     path = Path(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")) / "config.json"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")).get("auths") or {}
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        entries = kept.get("auths") or {}
+        if not isinstance(entries, dict):
+            raise ValueError("auths is no object")
     except FileNotFoundError:
         return None, path
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise StoreError(f"{path}: cannot be read as Docker's JSON settings: {error}") from None
     entry = entries.get(host) or entries.get(f"https://{host}") or {}
+    if not isinstance(entry, dict):
+        raise StoreError(f"{path}: auths.{host}: expected an object")
     if entry.get("identitytoken"):  # left by `az acr login` for three hours, beside a name without a password
         return None, path
     if entry.get("auth"):

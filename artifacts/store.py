@@ -186,18 +186,26 @@ class Store(ABC):
             self.tag(repository, digest, tag)
         return digest
 
-    def resolve(self, repository: str, reference: str) -> str:
-        """The manifest digest behind `reference`. Raises `NotFound`, which names the tags that do exist."""
+    def find(self, repository: str, reference: str) -> str | None:
+        """The manifest digest behind `reference`, None where nothing bears it: one request of a registry."""
         _check_repository(repository)
         _check_reference(reference)
         digest = self._find(repository, reference)
-        if digest is None:
-            tags = self.tags(repository)
-            have = f"its tags: {', '.join(sorted(tags))}" if tags else "the store has no tag in this repository"
-            raise NotFound(f"{self.url}: {repository}: nothing is known as {reference!r}; {have}")
-        if _DIGEST.fullmatch(reference) and digest != reference:
+        if digest and _DIGEST.fullmatch(reference) and digest != reference:
             raise CorruptBlob(f"{self.url}: {repository}: expected {reference}, found {digest}")
         return digest
+
+    def resolve(self, repository: str, reference: str) -> str:
+        """As `find`; raises `NotFound`, which names the tags that do exist."""
+        digest = self.find(repository, reference)
+        if digest is None:
+            names = self._tag_names(repository)
+            have = f"its tags: {', '.join(sorted(names))}" if names else "the store has no tag in this repository"
+            raise NotFound(f"{self.url}: {repository}: nothing is known as {reference!r}; {have}")
+        return digest
+
+    def _tag_names(self, repository: str) -> list[str]:
+        return list(self.tags(repository))
 
     def tag(self, repository: str, digest: str, tag: str) -> None:
         """Point `tag` at the artifact `digest`, which must be in the repository. Readers see old or new."""

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from pydantic import ValidationError
 from blobs import BlobError
 from common.files import file_digest, write_atomic
 from common.hosts import is_loopback
-from common.identity import entra_credential, first_line
+from common.identity import entra_credential, first_line, passing
 from common.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -305,14 +306,17 @@ class BlobFolder:
         if (free := shutil.disk_usage(target).free) < size:
             raise SettingsError([f"{target}: {shown(size)} to fetch, but {shown(free)} free on that disk"])
         transfer = None if quiet else Transfer(f"fetch {self.address}", size)
+        over = threading.Event()
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             jobs = [
-                pool.submit(self._download, name, target / name, entry, transfer) for name, entry in missing.items()
+                pool.submit(self._download, name, target / name, entry, transfer, over)
+                for name, entry in missing.items()
             ]
             try:
                 for job in jobs:
                     job.result()
             except BaseException:
+                over.set()  # who has begun ends with the piece that is on its way
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         write_atomic(kept, text)
@@ -340,7 +344,10 @@ class BlobFolder:
             log.info("%s: already whole, %s", target, shown(entry.size))
             return False
         transfer = Transfer(f"fetch {place}", entry.size)
-        self._download(name, target, entry, transfer)
+        with tempfile.TemporaryDirectory(dir=_made(target.parent), prefix=f".{target.name}.") as room:
+            # A folder of its own: two may fetch to one place at a time.
+            self._download(name, Path(room) / target.name, entry, transfer)
+            os.replace(Path(room) / target.name, target)
         transfer.close()
         return True
 
@@ -370,13 +377,15 @@ class BlobFolder:
     def _blob(self, name: str) -> BlobClient:
         return self._client.get_blob_client((self.address / name).path)
 
-    def _download(self, name: str, target: Path, entry: Entry, transfer: Transfer | None) -> None:
-        """Fetch blob `name` beside `target`, verify it, and rename it into place."""
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _download(
+        self, name: str, target: Path, entry: Entry, transfer: Transfer | None, over: threading.Event | None = None
+    ) -> None:
+        """Fetch blob `name` beside `target`, verify it, and rename it into place, unless it is `over` before."""
+        _made(target.parent)
         part = target.with_name(f".{target.name}.part")
         with part.open("wb") as file:
             with _explained(self.address / name, READER):
-                hook = _ticks(transfer)
+                hook = _ticks(transfer, over)
                 self._blob(name).download_blob(max_concurrency=self._at_once, progress_hook=hook).readinto(file)
             file.flush()
             os.fsync(file.fileno())  # a later start trusts the name and the size, even after the node lost power
@@ -461,6 +470,8 @@ class _Identity:
         try:
             return self._credential.get_token(*scopes, **options)
         except ClientAuthenticationError as error:
+            if passing(error):
+                raise BlobError(f"Entra: {first_line(error)}") from error
             raise Refused(
                 [f"no Entra token: {first_line(error)}; in a pod: the label azure.workload.identity/use and a "
                  "federated credential for its service account; elsewhere: az login"]
@@ -515,12 +526,19 @@ def _code(error: AzureError) -> str:
     return str(getattr(code, "value", code) or "")
 
 
-def _ticks(transfer: Transfer | None) -> Callable[[int, int | None], None]:
-    """A progress hook of the SDK (bytes so far, bytes in all) that adds to `transfer`."""
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _ticks(transfer: Transfer | None, over: threading.Event | None = None) -> Callable[[int, int | None], None]:
+    """A progress hook of the SDK (bytes so far, bytes in all) that adds to `transfer`, and raises once it is `over`."""
     seen = 0
 
     def tick(done: int, total: int | None) -> None:
         nonlocal seen
+        if over and over.is_set():
+            raise BlobError("another file's trouble has ended this fetch")
         if transfer and done > seen:
             transfer.add(done - seen)
             seen = done
@@ -531,8 +549,11 @@ def _ticks(transfer: Transfer | None) -> Callable[[int, int | None], None]:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold `folder` against another fetch on this node; the lock ends with the process, however that ends."""
-    import fcntl  # absent on Windows, where deployers only push
-
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # on Windows, where a deployer alone fetches a dataset for its check
+        yield
+        return
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

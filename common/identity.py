@@ -22,6 +22,12 @@ def entra_credential() -> DefaultAzureCredential | WorkloadIdentityCredential:
     return DefaultAzureCredential()
 
 
+def passing(error: Exception) -> bool:
+    """Whether Entra could not answer, and did not refuse: azure-identity has one class for both."""
+    status = getattr(error, "status_code", None) or 0
+    return status in (408, 429) or status >= 500
+
+
 def first_line(error: Exception) -> str:
     """What `error` says, without the further lines of request ids and advice that Azure's SDKs add."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

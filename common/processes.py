@@ -18,14 +18,16 @@ from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-_libc = ctypes.CDLL(None)  # loaded before the fork: after it, another thread may hold the loader's lock
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Loaded before the fork: after it, another thread may hold the loader's lock. prctl is Linux's alone.
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+ENDING = tuple(number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has two
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL: enough for a tuning step and its checkpoint
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """`preexec_fn`: this signal when the parent is killed outright and can clean nothing up."""
-    _libc.prctl(PR_SET_PDEATHSIG, number)
+    if _libc:
+        _libc.prctl(PR_SET_PDEATHSIG, number)
 
 
 class Processes:

@@ -44,14 +44,20 @@ def load_settings(path: Path, model: type[Model], **overrides: Any) -> Model:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+        lines: dict[tuple[str, ...], int] = {}
+        problems = _index(node, (), lines, path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise SettingsError([f"{where}: not YAML: {getattr(error, 'problem', None) or error}"]) from None
+    except ValueError as error:  # a date that is none
+        raise SettingsError([f"{path}: not YAML that can be read: {error}"]) from None
+    except RecursionError:
+        raise SettingsError(
+            [f"{path}: not YAML that can be read: a value that holds itself, or too deep a one"]
+        ) from None
     if not isinstance(values, dict):
         raise SettingsError([f"{path}: expected `name: value` lines, found {_kind(values)}"])
-    lines: dict[tuple[str, ...], int] = {}
-    problems = _index(node, (), lines, path)
     values |= {key: value for key, value in overrides.items() if value is not None}
     try:
         result = model.model_validate(values)

@@ -20,9 +20,9 @@ import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import ValidationError
 
-from artifacts.adapter import PROMOTED, AdapterError, repository
+from artifacts.adapter import AdapterError, promoted_digest
 from artifacts.adapter import version as version_of
-from artifacts.store import NotFound, OutOfReach, Store, StoreError, Unusable
+from artifacts.store import OutOfReach, Store, StoreError, Unusable
 from common.files import read_json
 from serving import canaries
 from serving.cache import Cache
@@ -108,7 +108,7 @@ class Sidecar:
         for adapter in self.spec.adapters:
             asked = False
             try:
-                digest = self._promoted(adapter)
+                digest = promoted_digest(self.store, adapter)
                 asked = True
                 self._follow(adapter, digest, loaded)
                 self._settled.add(adapter)
@@ -162,13 +162,6 @@ class Sidecar:
         for name in loaded - self._answering() - {self.spec.base_name}:
             if name.rpartition(".")[0] in self.spec.adapters:
                 self._replaced.setdefault(name, time.monotonic())
-
-    def _promoted(self, adapter: str) -> str | None:
-        """The digest of the promoted version. None: never promoted, or withdrawn."""
-        try:
-            return self.store.resolve(repository(adapter), PROMOTED)
-        except NotFound:
-            return None
 
     def _note_reach(self, reachable: bool) -> None:
         """Tell the log and the metric how long the store has been out of reach."""

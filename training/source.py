@@ -16,7 +16,6 @@ import re
 import shutil
 import ssl
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -25,7 +24,7 @@ import requests
 
 from blobs import BlobError
 from common.files import file_digest
-from common.hosts import is_loopback
+from common.hosts import causes, is_loopback, retry_after
 from common.settings import SettingsError
 
 log = logging.getLogger(__name__)
@@ -255,9 +254,8 @@ def _status(answer: requests.Response) -> str:
     status = answer.status_code
     told = f"{status} {answer.reason or ''}".strip()
     if status in (408, 425, 429) or status >= 500:
-        wish = answer.headers.get("Retry-After", "")
         answer.close()
-        raise _Passing(told, float(wish) if wish.isdecimal() else 0.0)
+        raise _Passing(told, retry_after(answer.headers))
     if status in (404, 410):
         return f"no such file ({told}): look at the address"
     if status in (401, 403):
@@ -284,7 +282,7 @@ def _send(url: str, headers: dict[str, str]) -> requests.Response:
         seconds = CONNECT_SECONDS if isinstance(error, requests.ConnectTimeout) else READ_SECONDS
         raise _Passing(f"{host} does not answer within {seconds} s") from None
     except requests.ConnectionError as error:
-        reason = next((each for each in _causes(error) if isinstance(each, OSError) and each.strerror), None)
+        reason = next((each for each in causes(error) if isinstance(each, OSError) and each.strerror), None)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise SettingsError(
                 [f"{public(url)}: no trusted TLS connection: {reason.verify_message}; the certificates of an own "
@@ -300,10 +298,3 @@ def _send(url: str, headers: dict[str, str]) -> requests.Response:
         raise SettingsError(
             [f"{authorities}: no certificates there: correct REQUESTS_CA_BUNDLE or SSL_CERT_FILE"]
         ) from None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__

@@ -184,6 +184,14 @@ def test_the_command_line_on_both_kinds(place: Place, adapter: Path, capsys: pyt
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in listed[-2:]] == [version(good), version(bad)]
     assert "promoted" in listed[-2]
+    # What others keep there, a signature say, hides nothing of ours.
+    (adapter / "signature").write_text("cosign")
+    store.push("adapters/kubectl", {"signature": adapter / "signature"}, b"{}", "application/vnd.x", tag="sha256-1.sig")
+    store.push("adapters/team/kubectl", {"signature": adapter / "signature"}, b"{}", "application/vnd.x", tag="one")
+    assert main(["list", place.url]) == exits.OK
+    said = capsys.readouterr()
+    assert said.out.splitlines() == listed[-len(said.out.splitlines()) :] and version(good) in said.out
+    assert "expected an adapter" in said.err
 
 
 @needs_registry

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+import ssl
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,18 +18,23 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import requests
 from azure.core.exceptions import ClientAuthenticationError, ServiceRequestError
 
 from artifacts import entra, registry
+from artifacts.adapter import promoted_digest
 from artifacts.store import (
     MANIFEST_TYPE,
     TITLE,
     CorruptBlob,
     NotFound,
+    OutOfReach,
     StoreError,
+    Unusable,
     canonical_json,
     open_store,
 )
+from common.processes import free_ports
 
 DATA = b"weights" * 10_000
 KIND = "application/vnd.test.v1+json"
@@ -135,6 +143,117 @@ def test_a_passing_trouble_is_retried(server: Server, tmp_path: Path) -> None:
     assert (artifact.digest, artifact.config, troubles) == (contents.digest, b"{}", [])
     assert (tmp_path / "out" / "w").read_bytes() == DATA
     assert all(request.path.startswith("/v2/team/adapters/kubectl/") for request in server.seen)
+
+
+def test_a_tag_that_is_not_there_costs_one_request(server: Server) -> None:
+    """A replica asks for `promoted` every two seconds, and each run that failed its gate has left a tag."""
+    server.script = lambda request: (
+        request.answer(200, json.dumps({"tags": [f"{number:08x}" for number in range(50)]}).encode())
+        if "/tags/list" in request.path
+        else request.answer(404)
+    )
+    store = open_store(server.url)
+    assert promoted_digest(store, "kubectl") is None
+    assert [request.method for request in server.seen] == ["HEAD"]
+    with pytest.raises(NotFound, match="its tags: 00000000, 00000001"):
+        store.resolve("adapters/kubectl", "promoted")
+    assert len(server.seen) == 3, "the names are told without a look at each"
+
+
+def test_retry_after_is_heeded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    waits = ["7", "3600", "Fri, 27 Nov 2026 16:00:00 GMT"]
+    server.script = lambda request: request.answer(429, Retry_After=waits.pop(0)) if waits else request.answer(404)
+    assert promoted_digest(open_store(server.url), "kubectl") is None
+    assert slept == [7, registry.LONGEST_WAIT_SECONDS, 0]
+
+
+def test_a_storage_host_that_is_lost_is_not_the_registry_and_its_signature_is_not_told(
+    server: Server, tmp_path: Path
+) -> None:
+    contents = Contents()
+    port = free_ports(1)[0]
+    contents.blob = lambda request: request.answer(307, Location=f"http://127.0.0.1:{port}/layer?se=2026&sig=TOPSECRET")
+    server.script = contents
+    with pytest.raises(StoreError, match=rf"port={port}.*/layer\?\.\.\. ") as caught:
+        open_store(server.url).pull("adapters/kubectl", "promoted", tmp_path / "out")
+    assert not isinstance(caught.value, OutOfReach) and "TOPSECRET" not in "".join(
+        traceback.format_exception_only(caught.value)
+    )
+
+
+def test_a_storage_host_gets_no_password_of_netrc(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password hunter2\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    contents = Contents()
+    with _running() as storage:
+        contents.blob = lambda request: request.answer(307, Location=f"http://{storage.host}/layer")
+        storage.script = lambda request: request.answer(200, DATA)
+        server.script = contents
+        store = open_store(server.url)
+        assert isinstance(store, registry.RegistryStore)
+        store._session.trust_env = True  # as for any registry that is not on loopback
+        store.pull("adapters/kubectl", "promoted", tmp_path / "out")
+        assert [request.headers.get("Authorization") for request in storage.seen] == [None]
+
+
+@pytest.mark.parametrize(
+    ("cause", "tried", "told"),
+    [
+        (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), 4, "gave up after 4 attempts"),
+        (ssl.SSLCertVerificationError(1, "certificate verify failed"), 1, "no trusted TLS connection"),
+    ],
+)
+def test_of_tls_only_the_certificate_is_for_good(
+    cause: ssl.SSLError, tried: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "BACKOFF_SECONDS", 0.0)
+    asked: list[str] = []
+
+    def request(method: str, url: str, **_: object) -> None:
+        asked.append(url)
+        raise requests.exceptions.SSLError("cut") from cause
+
+    store = open_store("oci://registry.test/team")
+    assert isinstance(store, registry.RegistryStore)
+    monkeypatch.setattr(store._session, "request", request)
+    with pytest.raises(StoreError, match=told):
+        store.find("adapters/kubectl", "promoted")
+    assert len(asked) == tried
+
+
+def test_a_host_in_capitals_is_the_same_host() -> None:
+    store = open_store("oci://MyReg.azurecr.io/team")
+    assert isinstance(store, registry.RegistryStore) and store.host == "myreg.azurecr.io"
+
+
+@pytest.mark.parametrize("kept", ["[]", '{"auths": [1]}', '{"auths": {"127.0.0.1": "text"}}', "{"])
+def test_a_docker_settings_file_that_is_none_is_told(server: Server, tmp_path: Path, kept: str) -> None:
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker" / "config.json").write_text(kept.replace("127.0.0.1", server.host))
+    server.script = lambda request: request.answer(401, WWW_Authenticate='Basic realm="a"')
+    with pytest.raises(
+        StoreError, match=r"config\.json: (cannot be read as Docker's JSON|auths\..*: expected an object)"
+    ):
+        open_store(server.url).find("x", "promoted")
+
+
+def test_an_index_of_images_is_called_that(server: Server) -> None:
+    """As docker buildx pushes by default: a registry shows it to those alone who say that they know its kind."""
+    kind = "application/vnd.oci.image.index.v1+json"
+    data = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": []}).encode()
+    server.script = lambda request: (
+        request.answer(200, data, Content_Type=kind, Docker_Content_Digest=_sha(data))
+        if kind in request.headers["Accept"]
+        else request.answer(404)
+    )
+    with pytest.raises(Unusable, match=f"expected {re.escape(MANIFEST_TYPE)}, found {re.escape(kind)}"):
+        open_store(server.url).inspect("adapters/kubectl", "v1")
 
 
 @pytest.mark.parametrize(
@@ -477,6 +596,14 @@ def test_without_an_entra_token_the_remedy_is_told(azure: Azure) -> None:
     azure.error = ServiceRequestError("no route")
     with pytest.raises(StoreError, match=r"gave up after 4 attempts: sign-in: Entra: no route"):
         open_store(azure.server.url).inspect("x", "promoted")
+
+
+def test_entra_that_cannot_answer_is_asked_again_and_mends_nobodys_settings(azure: Azure) -> None:
+    azure.error = ClientAuthenticationError(message="AADSTS90033: a transient error")
+    azure.error.status_code = 503
+    with pytest.raises(StoreError, match=r"gave up after 4 attempts: sign-in: Entra: AADSTS90033") as told:
+        open_store(azure.server.url).inspect("x", "promoted")
+    assert "az login" not in str(told.value)
 
 
 def test_dockers_own_sign_in_comes_first_unless_it_is_what_az_left(azure: Azure, tmp_path: Path) -> None:

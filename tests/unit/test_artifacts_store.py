@@ -97,6 +97,14 @@ def test_a_tag_moves_and_the_old_version_stays(store: Store, files: dict[str, Pa
     assert store.repositories() == [REPOSITORY]
 
 
+@pytest.mark.parametrize("index", ["{}", "[]", '{"manifests": 3}', '{"manifests": ["a"]}', '{"manifests": [{}]}', "{"])
+def test_a_damaged_index_of_a_folder_is_told(tmp_path: Path, index: str) -> None:
+    (tmp_path / "adapters" / "kubectl").mkdir(parents=True)
+    (tmp_path / "adapters" / "kubectl" / "index.json").write_text(index)
+    with pytest.raises(CorruptBlob, match=r"index\.json: no index of an OCI layout"):
+        open_store(tmp_path).find("adapters/kubectl", "promoted")
+
+
 def test_not_found_names_everything(store: Store, files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no tag in this repository"):
         store.resolve(REPOSITORY, "one")

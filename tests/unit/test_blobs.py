@@ -10,8 +10,10 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -378,6 +380,86 @@ def test_a_refused_token_is_asked_for_once_and_told_without_the_advice(monkeypat
         folder(retries=5).marker()
     assert "Trace" not in str(caught.value)
     assert asked == [("https://storage.azure.com/.default",)]
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_entra_that_cannot_answer_is_no_setting_to_mend(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    class Busy:
+        def get_token(self, *scopes: str, **_: object) -> None:
+            error = ClientAuthenticationError("AADSTS90055: throttled")
+            error.status_code = status
+            raise error
+
+    monkeypatch.delenv("DRYDOCK_BLOB_ENDPOINT", raising=False)
+    monkeypatch.setattr(store, "_identity", lambda: store._Identity(Busy()))  # type: ignore[arg-type]
+    with pytest.raises(BlobError, match="Entra: AADSTS90055: throttled"):
+        folder(retries=5).marker()
+
+
+class Slow(store.BlobFolder):
+    """Two files: `a` is refused at once, `b` comes in pieces for far longer than anybody waits."""
+
+    def __init__(self) -> None:
+        self.address, self.pieces = store.Address("account", "box", "model"), 0
+
+    def _download(self, name: str, target: Path, entry: store.Entry, transfer: Any, over: Any = None) -> None:
+        if name == "a":
+            raise Refused(["a: refused"])
+        tick = store._ticks(transfer, over)
+        for _ in range(1000):
+            time.sleep(0.02)
+            self.pieces += 1
+            tick(1, 2)
+
+
+def test_a_failed_fetch_does_not_wait_for_the_other_files(tmp_path: Path) -> None:
+    entry = store.Entry(size=1, sha256="0" * 64)
+    slow = Slow()
+    with pytest.raises(Refused, match="a: refused"):
+        slow._fetch(store.Marker(files={"a": entry, "b": entry}), tmp_path, True)
+    assert slow.pieces < 100
+
+
+def test_two_fetches_of_one_file_do_not_cut_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"rows" * 1000
+    target = tmp_path / "rows.jsonl"
+    first_is_verified, second_has_begun = threading.Event(), threading.Event()
+    plain = store._sha256
+
+    class Both(store.BlobFolder):
+        def __init__(self, second: bool) -> None:
+            self.address, self._at_once, self.second = store.Address("account", "box", "model"), 1, second
+
+        def entry(self, name: str) -> store.Entry:
+            return store.Entry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+        def _blob(self, name: str) -> Any:
+            return self
+
+        def download_blob(self, **_: object) -> Any:
+            return self
+
+        def readinto(self, file: Any) -> None:
+            file.write(data[:10] if self.second else data)
+            file.flush()
+            if self.second:
+                second_has_begun.set()
+                first.join(10)
+                file.write(data[10:])
+
+    def verify(path: Path) -> str:
+        found = plain(path)
+        if threading.current_thread() is first:
+            first_is_verified.set()
+            second_has_begun.wait(10)
+        return found
+
+    monkeypatch.setattr(store, "_sha256", verify)
+    first = threading.Thread(target=lambda: Both(False).fetch_file("rows", target))
+    first.start()
+    assert first_is_verified.wait(10)
+    Both(True).fetch_file("rows", target)
+    assert target.read_bytes() == data and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 # The mirror.

@@ -83,6 +83,8 @@ def test_a_key_given_twice_is_a_problem_that_names_both_lines(tmp_path: Path) ->
     [
         ("speed: [1\n", ":2: not YAML"),
         ("speed: 1\n\tlabel: x\n", ":2: not YAML"),
+        ("speed: 2024-13-45\n", ": not YAML that can be read: month must be in 1..12"),
+        ("speed: &a [*a]\n", ": not YAML that can be read: "),
         ("", ": expected `name: value` lines, found an empty file"),
         ("- a\n", ": expected `name: value` lines, found a list"),
         ("hello\n", ": expected `name: value` lines, found plain text"),

@@ -17,7 +17,7 @@ from prometheus_client import generate_latest
 from safetensors.numpy import load_file, save_file
 
 from artifacts.adapter import PROMOTED, AdapterCard, publish_adapter, repository, version
-from artifacts.store import MANIFEST_TYPE, NotFound, OutOfReach, Store, StoreError, open_store
+from artifacts.store import MANIFEST_TYPE, OutOfReach, Store, StoreError, open_store
 from common.files import write_json
 from common.processes import free_ports
 from serving import sidecar as module
@@ -399,7 +399,7 @@ def break_store(rig: Rig, patch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> str:
         raise StoreError("registry: 503")
 
-    patch.setattr(rig.store, "resolve", fail)
+    patch.setattr(rig.store, "find", fail)
 
 
 def make_busy(rig: Rig, patch: pytest.MonkeyPatch) -> None:
@@ -633,7 +633,7 @@ def test_an_engine_that_starts_anew_in_a_long_outage_is_ready_before_the_store_i
         readiness.append(rig.ready())
         raise StoreError("registry: 503")
 
-    monkeypatch.setattr(rig.store, "resolve", fail)
+    monkeypatch.setattr(rig.store, "find", fail)
     assert rig.sidecar.look()
     assert readiness == [True, True]
     assert rig.serving == {"kubectl": digest}
@@ -649,7 +649,7 @@ def test_one_failure_is_enough_to_serve_all_from_the_disk(rig: Rig, monkeypatch:
         served.append(rig.serving if (rig.state / "aliases.json").exists() else {})
         raise StoreError("registry: 503")
 
-    monkeypatch.setattr(rig.store, "resolve", fail)
+    monkeypatch.setattr(rig.store, "find", fail)
     (rig.state / "aliases.json").unlink()
     assert restart(rig).look()
     assert served == [{}, digests]
@@ -666,7 +666,7 @@ def test_a_store_that_does_not_answer_for_one_adapter_is_not_asked_for_the_other
         asked.append(repository)
         raise OutOfReach("registry: connection refused")
 
-    monkeypatch.setattr(rig.store, "resolve", fail)
+    monkeypatch.setattr(rig.store, "find", fail)
     assert restart(rig).look() and rig.sidecar.look()
     assert asked == [repository("kubectl")] * 2, "once each look"
     assert rig.serving == digests
@@ -722,7 +722,7 @@ def test_a_withdrawn_adapter_is_not_served_from_the_disk(rig: Rig, monkeypatch: 
     rig.publish()
     rig.sidecar.look()
     with monkeypatch.context() as patch:
-        patch.setattr(rig.store, "resolve", lambda *_: (_ for _ in ()).throw(NotFound("no such tag")))
+        patch.setattr(rig.store, "find", lambda *_: None)
         rig.sidecar.look()
     break_store(rig, monkeypatch)
     assert restart(rig).look()
@@ -807,14 +807,14 @@ def test_an_engine_too_busy_for_canaries_in_an_outage_does_not_refuse_for_good(
     """The version is loaded by then: to load it once more would be an error, and final."""
     digest = rig.publish("triage")
     rig.sidecar.look()
-    resolve = rig.store.resolve
+    find = rig.store.find
 
-    def first_fails(target: str, tag: str) -> str:
+    def first_fails(target: str, tag: str) -> str | None:
         if target == repository("kubectl"):
             raise StoreError("registry: 503")
-        return resolve(target, tag)
+        return find(target, tag)
 
-    monkeypatch.setattr(rig.store, "resolve", first_fails)
+    monkeypatch.setattr(rig.store, "find", first_fails)
     restart(rig)
     with monkeypatch.context() as patch:
         make_busy(rig, patch)
