@@ -71,7 +71,8 @@ def publish(run: Path, store_url: str) -> Published:
 
 def subject(run: Path, spec: TuningSpec) -> dict[str, Any]:
     """Of what the evaluation in `run` must be to speak for it, in the words of evaluation.json."""
-    return {"gate": spec.gate.model_dump(mode="json", exclude_none=True), "adapter_digest": tree_digest(run / "adapter")}
+    gate = spec.gate.model_dump(mode="json", exclude_none=True)
+    return {"gate": gate, "adapter_digest": tree_digest(run / "adapter")}
 
 
 def model_card(card: AdapterCard, tuning: dict[str, Any], events: Sequence[dict[str, Any]] = ()) -> str:
