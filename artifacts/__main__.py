@@ -109,12 +109,8 @@ def _list(store: Store) -> None:
         for digest in sorted(set(tags.values()), key=lambda digest: (digest != tags.get(PROMOTED), digest)):
             try:
                 card = read_card(store, name, digest)[1]
-            except (
-                AdapterError,
-                Unusable,
-                CorruptBlob,
-            ) as error:  # a signature, say: the others are shown all the same
-                print(error, file=sys.stderr)
+            except (AdapterError, Unusable, CorruptBlob) as error:
+                print(error, file=sys.stderr)  # a signature, say: the others are shown all the same
                 continue
             seen = card.evaluation
             verdict = "passed" if card.passed else "failed" if seen else "none"

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -313,7 +313,7 @@ class BlobFolder:
                 for name, entry in missing.items()
             ]
             try:
-                for job in jobs:
+                for job in as_completed(jobs):  # whichever fails first
                     job.result()
             except BaseException:
                 over.set()  # who has begun ends with the piece that is on its way

@@ -397,14 +397,14 @@ def test_entra_that_cannot_answer_is_no_setting_to_mend(monkeypatch: pytest.Monk
 
 
 class Slow(store.BlobFolder):
-    """Two files: `a` is refused at once, `b` comes in pieces for far longer than anybody waits."""
+    """Two files: `refused` at once, the other comes in pieces for far longer than anybody waits."""
 
-    def __init__(self) -> None:
-        self.address, self.pieces = store.Address("account", "box", "model"), 0
+    def __init__(self, refused: str) -> None:
+        self.address, self.pieces, self.refused = store.Address("account", "box", "model"), 0, refused
 
     def _download(self, name: str, target: Path, entry: store.Entry, transfer: Any, over: Any = None) -> None:
-        if name == "a":
-            raise Refused(["a: refused"])
+        if name == self.refused:
+            raise Refused([f"{name}: refused"])
         tick = store._ticks(transfer, over)
         for _ in range(1000):
             time.sleep(0.02)
@@ -412,10 +412,11 @@ class Slow(store.BlobFolder):
             tick(1, 2)
 
 
-def test_a_failed_fetch_does_not_wait_for_the_other_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", ["a", "b"])
+def test_a_failed_fetch_does_not_wait_for_the_other_files(tmp_path: Path, refused: str) -> None:
     entry = store.Entry(size=1, sha256="0" * 64)
-    slow = Slow()
-    with pytest.raises(Refused, match="a: refused"):
+    slow = Slow(refused)
+    with pytest.raises(Refused, match=f"{refused}: refused"):
         slow._fetch(store.Marker(files={"a": entry, "b": entry}), tmp_path, True)
     assert slow.pieces < 100
 
