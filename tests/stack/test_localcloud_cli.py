@@ -28,7 +28,7 @@ PERSON = """\
 import sys
 from pathlib import Path
 from localcloud.cli import Cli
-from tests.unit.test_localcloud_cli import TOOLS
+from tests.stack.test_localcloud_cli import TOOLS
 folder = Path(sys.argv[1])
 try:
     Cli(folder, TOOLS, {"PATH": "/usr/bin:/bin"}).show("up", cwd=folder)
