@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 CONCURRENCY = 32
 SAMPLES = 24  # examples kept in the report
-CANDIDATES = 8  # answers from which the canaries are chosen
+CANDIDATES = 8  # answers from which the canaries are chosen, those first that differ from the base's
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def evaluate(run: Run, engine: Engine, base: str, *, context: int | None = None)
         for metric, score in METRICS.items()
     }
     figures = {metric: _figures(by_model[base], by_model[run.name]) for metric, by_model in scores.items()}
-    recorded = canaries.record(engine, run.name, base, answers[run.name][:CANDIDATES])
+    # Where base and adapter say different things they are most easily told apart.
+    differ = sorted(range(len(rows)), key=lambda number: answers[base][number].text == answers[run.name][number].text)
+    recorded = canaries.record(engine, run.name, base, [answers[run.name][number] for number in differ[:CANDIDATES]])
     main = figures[gate.metric]
     passed, verdict = judge(gate, main, len(rows), distinguishable=recorded is not None)
     right = {model: scores["exact_match"][model] for model in answers}

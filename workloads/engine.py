@@ -183,7 +183,9 @@ class Engine(pulumi.ComponentResource):
             ),
             data={"serving.json": text},
             immutable=True,
-            opts=child,
+            # ReplicaSets of before mount it: those that a rollout still keeps, and those that `rollout undo` goes back
+            # to. A few KB for each change, until the namespace goes.
+            opts=pulumi.ResourceOptions(parent=self, retain_on_delete=True),
         )
         keys = core.v1.Secret(
             f"{name}-api-keys",

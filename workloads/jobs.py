@@ -94,7 +94,9 @@ def job(
                 spec=pod,
             ),
         ),
-        opts=opts,
+        # The new one has the old one's name: made first, it would be a conflict (a changed failure policy), or what is
+        # deleted then (`pulumi up --target-replace`: seen, the Job was gone and no later `up` made it).
+        opts=pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(delete_before_replace=True)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from infra.pools import APPS, POOL_LABEL
 from infra.settings import Base
 from tests.unit.kubernetes_schema import problems
 from tests.unit.pulumi_mocks import DIGEST, Recorder, deploy
+from tests.unit.registrations import deploy_with_requests
 from workloads.jobs import digest_of, inputs_hash
 from workloads.mirror import LARGEST_FILE_GIB, Mirror, MirrorArgs, disk_gib, job_name
 
@@ -25,7 +27,7 @@ BASE = Base(model=MODEL, revision=REVISION)
 addresses: list[str] = []
 
 
-def mirrored(token: str | None = None, base: Base = BASE) -> Recorder:
+def program_of(token: str | None = None, base: Base = BASE) -> Callable[[], None]:
     def program() -> None:
         args = MirrorArgs(
             base=base,
@@ -37,7 +39,19 @@ def mirrored(token: str | None = None, base: Base = BASE) -> Recorder:
         )
         Mirror("mirror", args).address.apply(addresses.append)
 
-    return deploy(program)
+    return program
+
+
+def mirrored(token: str | None = None, base: Base = BASE) -> Recorder:
+    return deploy(program_of(token, base))
+
+
+def test_a_job_that_is_replaced_is_deleted_first() -> None:
+    """The new one has its name: made first, it conflicts, or is what is deleted then (both seen on the real engine)."""
+    _, requests = deploy_with_requests(program_of())
+    (job,) = (request for (kind, _), request in requests.items() if kind == "Job")
+    assert job.deleteBeforeReplaceDefined and job.deleteBeforeReplace
+    assert list(job.replaceOnChanges) == ["spec.podFailurePolicy"]
 
 
 def job(seen: Recorder) -> dict[str, Any]:

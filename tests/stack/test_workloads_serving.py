@@ -119,6 +119,12 @@ def test_a_changed_setting_reaches_the_container_and_rolls_the_pods() -> None:
     assert next(item for item in pod(changed)["volumes"] if item["name"] == "spec")["configMap"]["name"] == names[1]
 
 
+def test_the_settings_of_before_stay_for_the_pods_that_mount_them() -> None:
+    """An old ReplicaSet makes pods in a rollout, and again after `kubectl rollout undo`, which runbooks prescribe."""
+    _, requests = deploy_with_requests(lambda: Engine("engine", args()) and None)
+    assert requests["ConfigMap", "engine-spec"].retainOnDelete
+
+
 def test_another_store_rolls_the_pods_too() -> None:
     moved = declared(args(store="oci://other.azurecr.io/adapters"))
     assert moved.one(":ConfigMap").inputs["metadata"]["name"] != usual().one(":ConfigMap").inputs["metadata"]["name"]

@@ -64,6 +64,21 @@ def test_a_better_adapter_passes_and_gets_canaries(make_run: Callable[..., Run])
     assert canaries.largest_difference(server, NAME, canaries.load(run.folder / "canaries.json")) == 0
 
 
+def test_canaries_are_sought_where_base_and_adapter_differ(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrow adapter may say what its base says in the first rows, and so fail its gate however good it is."""
+    told: list[str] = []
+
+    def record(_: Any, __: str, ___: str, answers: Any) -> None:
+        told.extend(answer.text for answer in answers)
+
+    monkeypatch.setattr(canaries, "record", record)
+    same_until_50 = engine(lambda prompt: right(prompt) if int(prompt.split()[-1]) < 50 else wrong(prompt), right)
+    evaluate(make_run(), same_until_50, "base")
+    assert told == [f"answer number {number}" for number in range(50, 58)]
+
+
 def test_no_answer_is_asked_for_that_the_server_could_never_hold(make_run: Callable[..., Run]) -> None:
     run = make_run()
     assert evaluate(run, engine(wrong, right), "base", context=16)["max_tokens"] == 16
