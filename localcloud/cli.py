@@ -72,19 +72,23 @@ class Cli:
         KeyboardInterrupt then. SIGTERM and SIGHUP, which reach us alone, are handed on as the same.
         """
         process: subprocess.Popen[bytes] | None = None
-        stopped = False
+        stopped = owed = False
 
         def interrupted(number: int, frame: object) -> None:
-            nonlocal stopped
+            nonlocal stopped, owed
             stopped = True
             if number != signal.SIGINT and process is not None:
                 process.send_signal(signal.SIGINT)
+            elif number != signal.SIGINT:
+                owed = True  # it runs already, perhaps, but is not known here yet
 
         before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, *HANDED_ON)}
         try:
             process = subprocess.Popen(
                 self.command(*arguments), cwd=cwd, env=dict(self.environment), preexec_fn=_at_our_death
             )
+            if owed:
+                process.send_signal(signal.SIGINT)
             code = process.wait()
         finally:
             for number, handler in before.items():

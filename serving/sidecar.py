@@ -111,6 +111,9 @@ class Sidecar:
                 digest = promoted_digest(self.store, adapter)
                 asked = True
                 self._follow(adapter, digest, loaded)
+                kept = self.cache.served.get(adapter)
+                if digest and kept and adapter not in self._aliases:  # refused, on an engine that was started anew
+                    self._follow(adapter, kept, loaded)
                 self._settled.add(adapter)
                 self._remember(adapter, digest)
             except (StoreError, EngineError, httpx.HTTPError, OSError) as error:

@@ -87,10 +87,10 @@ class TuningJob(pulumi.ComponentResource):
     Inputs that decide the adapter are in its name: changed ones make another Job, and the one before is deleted,
     running or not, since nobody wants its result any more (what it published stays published). Other changes of its
     pod, such as the pool, the number of GPUs or the gate, make the Job anew under its name: its new pod goes on from
-    the checkpoints of that name. Retries and deadline change in place, and so does how often it logs and saves, which
-    its next pod reads. A finished Job stays, as the record of its verdict: no TTL, which would delete behind Pulumi's
-    back what Pulumi then makes again. The deadline counts from the Job's start, the wait for a GPU included. To run a
-    failed one again: `pulumi up --target-replace URN`.
+    the checkpoints of that name. Retries and deadline change in place, and so does how often it logs and saves, and
+    what of the replicas' settings decides no score, which its next pod reads. A finished Job stays, as the record of
+    its verdict: no TTL, which would delete behind Pulumi's back what Pulumi then makes again. The deadline counts from
+    the Job's start, the wait for a GPU included. To run a failed one again: `pulumi up --target-replace URN`.
     """
 
     job_name: pulumi.Output[str]
@@ -199,10 +199,16 @@ def named(adapter: str, mark: str) -> str:
     return f"tune-{adapter[:room].rstrip('-')}-{mark}"
 
 
+DECIDES_SCORES = ("device", "dtype", "gpus", "max_model_len", "max_lora_rank", "base_model", "base_name", "store")
+"""Of how the candidate is served. For any other setting of the replicas nothing is evaluated, and promoted, again."""
+
+
 def _config_name(spec: TuningSpec, evaluation: str) -> str:
     """Another one, and with it another pod, for what a running pod would have to know; see `TuningJob`."""
     known = spec.result_settings() | spec.model_dump(mode="json", include={"gate", "gradient_checkpointing"})
-    return named(spec.adapter, inputs_hash(as_text(known), evaluation, length=HASH_LENGTH))
+    served = json.loads(evaluation)
+    decides = {name: served[name] for name in DECIDES_SCORES}
+    return named(spec.adapter, inputs_hash(as_text(known), as_text(decides), length=HASH_LENGTH))
 
 
 def as_text(settings: dict[str, Any]) -> str:

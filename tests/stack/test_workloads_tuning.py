@@ -376,6 +376,28 @@ def test_where_and_how_often_it_runs_is_not_in_the_name(seen: Recorder):
     assert name_of(SETTINGS.model_copy(update={"dataset": "renamed.jsonl"})) == name_of()
 
 
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"stall_seconds": 40.0}, False),
+        ({"max_num_seqs": 8}, False),
+        ({"gpu_memory_utilization": 0.8}, False),
+        ({"tool_call_parser": "llama3_json"}, False),
+        ({"dtype": "bfloat16"}, True),
+        ({"gpus": 2}, True),
+    ],
+)
+def test_only_what_decides_a_score_evaluates_a_finished_adapter_again(change: dict[str, Any], again: bool):
+    """It would be promoted again as well, and so undo a roll back."""
+    pool = GpuPool(vm_size="Standard_NC48ads_A100_v4")
+    before, changed = (
+        deployed(pool=pool, serving=EngineSettings(**({"dtype": "float16"} | each))) for each in ({}, change)
+    )
+    told = [made.one(":ConfigMap").inputs["data"]["evaluate.json"] for made in (before, changed)]
+    assert told[0] != told[1], "the next pod reads it"
+    assert (job(changed) != job(before)) is again
+
+
 GATE = SETTINGS.gate.model_copy(update={"min_gain": 0.1})
 
 

@@ -737,6 +737,22 @@ def test_an_adapter_of_which_this_replica_never_heard_keeps_it_out(rig: Rig, mon
     assert (rig.serving, rig.ready()) == ({"kubectl": digest}, False)
 
 
+def test_a_replica_that_starts_anew_after_a_refused_promotion_serves_what_it_served(rig: Rig) -> None:
+    """As those do that did not start anew: the alias stays where it is."""
+    good = rig.publish(strength=1.0)
+    rig.sidecar.look()
+    bad = rig.publish(strength=0.0, recorded=1.5)
+    rig.sidecar.look()
+    assert rig.serving == {"kubectl": good}
+    again = restart(rig)
+    for _ in range(2):
+        assert again.look()
+        assert (rig.serving, rig.ready()) == ({"kubectl": good}, True)
+    assert "kubectl" in rig.told.refused
+    better = rig.publish(strength=2.0)
+    assert again.look() and rig.serving == {"kubectl": better} and bad != better
+
+
 def test_a_refused_promotion_does_not_make_the_replica_forget_what_it_serves(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
