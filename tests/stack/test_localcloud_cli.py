@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_one_that_is_not_shown_may_write_its_state_too(tmp_path: Path) -> None:
     said = tmp_path / "said"
     while not said.exists():
         assert person.poll() is None
+    time.sleep(0.3)  # until what started it knows that, too
     os.killpg(person.pid, signal.SIGINT)
     assert person.wait(10) == 42
     assert said.read_text().splitlines()[1:] == ["state written"], "told once: a second time ends pulumi at once"
