@@ -103,7 +103,7 @@ class Processes:
 
     def stop_all(self) -> None:
         """SIGTERM to all groups, and SIGKILL to those that are not gone after `STOP_SECONDS`."""
-        with _uninterrupted():
+        with uninterrupted():
             with self._lock:
                 self._closed = True
                 running, self._running = self._running, []
@@ -128,7 +128,7 @@ def interrupt() -> None:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """A second signal must not leave half of them running; `timeout` before make sends two SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -77,10 +77,12 @@ class Cli:
         def interrupted(number: int, frame: object) -> None:
             nonlocal stopped, owed
             stopped = True
-            if number != signal.SIGINT and process is not None:
-                process.send_signal(signal.SIGINT)
-            elif number != signal.SIGINT:
+            if number == signal.SIGINT:
+                return
+            if process is None:
                 owed = True  # it runs already, perhaps, but is not known here yet
+            else:
+                process.send_signal(signal.SIGINT)
 
         before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, *HANDED_ON)}
         try:

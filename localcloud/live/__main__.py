@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from artifacts.store import StoreError
 from common import exits
-from common.processes import ENDING, interrupt
+from common.processes import interrupt, uninterrupted
 from common.settings import SettingsError
 from localcloud.api import ApiError
 from localcloud.cli import PulumiFailed
@@ -76,10 +75,9 @@ def _up(folder: Path, options: argparse.Namespace, wanted: list[str]) -> int:
     try:
         return exits.OK if chain.run(wanted) else exits.FAILED
     except KeyboardInterrupt as stop:
-        for number in ENDING:  # a second one must not leave half of it; `timeout` and make send two
-            signal.signal(number, signal.SIG_IGN)
-        attach.stop(folder)
-        print("interrupted: nothing is left running; what it wrote stays, and make local goes on", file=sys.stderr)
+        with uninterrupted():
+            attach.stop(folder)
+            print("interrupted: nothing is left running; what it wrote stays, and make local goes on", file=sys.stderr)
         return exits.stopped(stop)
 
 
